@@ -1,0 +1,170 @@
+"""What a kernel is: metadata that says what it needs, and a `load` that imports it only when it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from .call import AttentionCall, Layout, MaskKind
+from .machine import Device, Machine
+
+Precision = Literal["exact", "lossy"]
+Capability = tuple[int, int]
+ANY_SM: tuple[Capability, Capability] = ((0, 0), (999, 9))
+
+
+class Run(Protocol):
+    """A loaded kernel: tensors in the kernel's layout in, one tensor in the same layout and dtype out.
+
+    k and v may have fewer heads than q (grouped-query attention) where `Needs.gqa` is set. `mask` is four-dimensional
+    and broadcastable, `scale` None means 1/sqrt(D). q, k, v and mask are never written to.
+    """
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor: ...
+
+
+ExtraRule = Callable[[AttentionCall, Machine], str | None]
+MachineRule = Callable[[Device, Machine], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """A kernel's limits, as data. What is not declared is refused: masks, grouped-query attention, other v dims.
+
+    `sm` holds closed ranges of compute capability and is asked only of CUDA devices. `head_dims` is a set of
+    dimensions, or a range with step (`range(8, 257, 8)`). `machine_rules` are asked without a call, `call_rules` with
+    one; each gives a reason or None.
+    """
+
+    devices: frozenset[str] = frozenset({"cuda"})
+    sm: tuple[tuple[Capability, Capability], ...] = (ANY_SM,)
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float16, torch.bfloat16})
+    head_dims: frozenset[int] | range = range(1, 257)
+    masks: frozenset[MaskKind] = frozenset()
+    gqa: bool = False
+    scale: bool = True
+    other_v_dim: bool = False
+    fp32_scores: bool = True
+    max_batch: int = 2**31
+    max_batch_heads: int = 2**31
+    triton: bool = False
+    machine_rules: tuple[MachineRule, ...] = ()
+    call_rules: tuple[ExtraRule, ...] = ()
+
+
+def no_workspace(_call: AttentionCall) -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to compute attention.
+
+    `package` is the import name of what it comes from ("torch" for PyTorch, "" for our own code). `tolerance` is the
+    relative L2 error it may have against float32 on structured inputs, per dtype. `workspace_bytes(call)` is what it
+    allocates beyond inputs and output. `install` says in words how to get it.
+    """
+
+    name: str
+    title: str
+    package: str
+    layout: Layout
+    precision: Precision
+    tolerance: dict[torch.dtype, float]
+    load: Callable[[], Run]
+    needs: Needs
+    install: str = ""
+    url: str = ""
+    workspace_bytes: Callable[[AttentionCall], int] = field(default=no_workspace)
+
+    @property
+    def exact(self) -> bool:
+        return self.precision == "exact"
+
+
+def _sm_text(ranges: tuple[tuple[Capability, Capability], ...]) -> str:
+    def one(low: Capability, high: Capability) -> str:
+        low_text, high_text = f"sm_{low[0]}{low[1]}", f"sm_{high[0]}{high[1]}"
+        if low == high:
+            return low_text
+        return f"{low_text} or newer" if high == ANY_SM[1] else f"{low_text} to {high_text}"
+
+    return ", ".join(one(low, high) for low, high in ranges)
+
+
+def machine_reasons(kernel: Kernel, machine: Machine, device: Device | None = None) -> tuple[str, ...]:
+    """Every reason why `kernel` cannot run on `device` (the machine's main one) whatever the call; empty if none."""
+    device = device or machine.main_device
+    needs = kernel.needs
+    reasons = []
+    if kernel.package not in ("", "torch") and kernel.package not in machine.packages:
+        reasons.append(f"package {kernel.package} is not installed" + (f" ({kernel.install})" if kernel.install else ""))
+    if device.type not in needs.devices:
+        wanted = " or ".join(sorted(needs.devices))
+        reasons.append(f"needs a {wanted} device, this is {device.type}")
+    elif device.capability and not any(low <= device.capability <= high for low, high in needs.sm):
+        reasons.append(f"needs {_sm_text(needs.sm)}, this GPU is {device.sm} ({device.architecture.value})")
+    if needs.triton and machine.triton is None:
+        reasons.append("needs Triton, which is not installed")
+    reasons += [reason for rule in needs.machine_rules if (reason := rule(device, machine))]
+    return tuple(reasons)
+
+
+def _dims_text(dims: frozenset[int] | range) -> str:
+    if isinstance(dims, range):
+        step = f", in steps of {dims.step}" if dims.step > 1 else ""
+        return f"{dims[0]} to {dims[-1]}{step}"
+    return ", ".join(map(str, sorted(dims)))
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def call_reasons(kernel: Kernel, call: AttentionCall, machine: Machine) -> tuple[str, ...]:
+    """Every reason why `kernel` cannot compute `call`, the machine apart."""
+    needs = kernel.needs
+    reasons = []
+    if call.unknown:
+        reasons.append(f"the call has arguments this pack does not know: {', '.join(call.unknown)}")
+    if call.dtype not in needs.dtypes:
+        wanted = ", ".join(sorted(map(_dtype_text, needs.dtypes)))
+        mixed = " (q, k and v differ and are computed in it)" if call.mixed_dtypes else ""
+        reasons.append(f"needs {wanted}, the tensors are {_dtype_text(call.dtype)}{mixed}")
+    if call.head_dim not in needs.head_dims:
+        reasons.append(f"needs a head dimension of {_dims_text(needs.head_dims)}, this is {call.head_dim}")
+    if call.v_dim != call.head_dim and not needs.other_v_dim:
+        reasons.append(f"needs values as wide as keys ({call.head_dim}), they are {call.v_dim}")
+    if call.mask is not None and call.mask.kind not in needs.masks:
+        taken = f"takes only {' or '.join(sorted(needs.masks))} masks" if needs.masks else "takes no mask"
+        reasons.append(f"{taken}, the call has a {call.mask.kind} mask")
+    if call.kv_heads != call.heads and not needs.gqa:
+        reasons.append(f"has no grouped-query attention, the call has {call.heads} heads on {call.kv_heads}")
+    if call.scale is not None and not needs.scale:
+        reasons.append(f"ignores the scale, the call asks for {call.scale:g}")
+    if call.fp32_scores and not needs.fp32_scores:
+        reasons.append("computes scores in the tensors' own precision, the model asks for float32")
+    if not kernel.exact and not call.lossy_allowed:
+        reasons.append("is lossy, the model forbids low precision for this call")
+    if call.batch > needs.max_batch:
+        reasons.append(f"takes a batch of at most {needs.max_batch}, this is {call.batch}")
+    if call.batch * call.heads > needs.max_batch_heads:
+        reasons.append(f"takes at most {needs.max_batch_heads} batch·heads, this is {call.batch * call.heads}")
+    reasons += [reason for rule in needs.call_rules if (reason := rule(call, machine))]
+    return tuple(reasons)
+
+
+def reasons_against(kernel: Kernel, call: AttentionCall, machine: Machine) -> tuple[str, ...]:
+    """All reasons against running `call` with `kernel` on this machine, with what was wanted and what was found."""
+    return machine_reasons(kernel, machine, machine.device(call.device)) + call_reasons(kernel, call, machine)

@@ -1,0 +1,162 @@
+"""From a call and a policy to a kernel: a pure decision that keeps every rejection and its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .call import AttentionCall
+from .kernel import Kernel, machine_reasons, reasons_against
+from .machine import Machine, first_choices
+from .policy import FAMILIES, Rule
+
+HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One candidate: the rule's source and wish, the kernel's name, and why it was turned down (empty: accepted)."""
+
+    kernel: str
+    requested: str
+    source: str
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `make_plan` decided: the kernel (None: the host's own attention) and the whole trail that led to it."""
+
+    call: AttentionCall
+    kernel: Kernel | None
+    decisions: tuple[Decision, ...]
+
+    @property
+    def name(self) -> str:
+        return HOST if self.kernel is None else self.kernel.name
+
+
+class RefusedError(RuntimeError):
+    """A rule that may not fall through cannot be followed; the text holds every candidate with its reasons."""
+
+    def __init__(self, decisions: Sequence[Decision], on_call: AttentionCall | None = None) -> None:
+        wanted = " or ".join(dict.fromkeys(decision.requested for decision in decisions))
+        lines = [f"  {d.kernel}: {'; '.join(d.reasons)}" for d in decisions]
+        where = "" if on_call is None else f" for {on_call.q_len}×{on_call.kv_len} tokens, {on_call.heads} heads"
+        text = "\n".join(lines)
+        super().__init__(
+            f"Attention was asked to run on {wanted} only, and cannot{where}:\n{text}\n"
+            "Choose another kernel, or let this node fall back."
+        )
+        self.decisions = tuple(decisions)
+
+
+def expand(name: str, machine: Machine, device: str | None = None) -> tuple[str, ...]:
+    """The kernels a name stands for, best first: `auto` by the architecture, a family by its members."""
+    if name in ("auto", "auto_fast"):
+        if machine.host_flag:  # an explicit launch flag is the user's word and beats an automatic choice
+            return (HOST,)
+        here = machine.device(device) if device else machine.main_device
+        return (*first_choices(here.architecture, fast=name == "auto_fast"), HOST)
+    return FAMILIES.get(name, (name,))
+
+
+def _reasons(
+    name: str,
+    kernels: Mapping[str, Kernel],
+    machine: Machine,
+    demoted: Mapping[str, str],
+    call: AttentionCall | None,
+    device: str | None,
+    free_bytes: int | None = None,
+) -> tuple[str, ...]:
+    if name == HOST:
+        return ()
+    if name not in kernels:
+        return (f"{name} does not exist in this version or outside ComfyUI",)
+    if name in demoted:
+        return (demoted[name],)
+    kernel = kernels[name]
+    if call is None:
+        return machine_reasons(kernel, machine, machine.device(device) if device else None)
+    reasons = reasons_against(kernel, call, machine)
+    wanted = kernel.workspace_bytes(call) if not reasons and free_bytes is not None else 0
+    if free_bytes is not None and wanted > free_bytes:
+        reasons += (f"needs {wanted / 2**20:,.0f} MiB of working memory, {free_bytes / 2**20:,.0f} MiB are free",)
+    return reasons
+
+
+def _candidates(
+    call: AttentionCall, rules: Sequence[Rule], machine: Machine
+) -> Iterator[tuple[int, str, str, bool]]:
+    """(index of the rule or -1, wish, kernel name, exact only) in the order in which they are asked.
+
+    Matching rules, last first; below a dense rule only exact kernels count, and its own come after the others'.
+    """
+    dense: list[int] = []
+    for index in reversed(range(len(rules))):
+        rule = rules[index]
+        if not rule.matches(call):
+            continue
+        if rule.exact_only:
+            dense.append(index)
+            continue
+        for wish in rule.kernels:
+            for name in expand(wish, machine, call.device):
+                if not (dense and name == HOST != wish):  # where `auto` ends, the dense rule's own kernels begin
+                    yield index, wish, name, bool(dense)
+    for index in dense:
+        for wish in rules[index].kernels:
+            yield index, wish, wish, False
+    yield -1, HOST, HOST, False
+
+
+def make_plan(
+    call: AttentionCall,
+    rules: Sequence[Rule],
+    kernels: Mapping[str, Kernel],
+    machine: Machine,
+    demoted: Mapping[str, str] | None = None,
+    free_bytes: int | None = None,
+) -> Plan:
+    """Choose the kernel for `call` under the `rules` in force, the last matching rule first.
+
+    `kernels` is what this pack knows, by name. `demoted` gives a reason for each kernel that may not be used for this
+    call although it could (it raised, it was wrong), `free_bytes` is what may still be allocated. Raises RefusedError where a rule that may not fall through
+    cannot be followed. Pure: the same arguments give the same plan.
+    """
+    decisions: list[Decision] = []
+    of_rule: list[Decision] = []
+    current = -1
+    for index, wish, name, exact_only in _candidates(call, rules, machine):
+        if index != current:
+            if of_rule and rules[current].on_refusal == "error":
+                raise RefusedError(of_rule, call)
+            current, of_rule = index, []
+        reasons = _reasons(name, kernels, machine, demoted or {}, call, None, free_bytes)
+        if exact_only and name in kernels and not kernels[name].exact:
+            reasons += ("is lossy, and a later node asks for exact attention here",)
+        decision = Decision(name, wish, rules[index].source if index >= 0 else "", reasons)
+        decisions.append(decision)
+        of_rule.append(decision)
+        if decision.accepted:
+            return Plan(call, kernels.get(name), tuple(decisions))
+    raise AssertionError("the host is always the last candidate")
+
+
+def refused_by_machine(
+    wishes: Sequence[str], kernels: Mapping[str, Kernel], machine: Machine, device: str | None = None
+) -> tuple[Decision, ...]:
+    """The refusals where the machine alone forbids every one of `wishes`; empty where one of them may run."""
+    decisions: list[Decision] = []
+    for wish in wishes:
+        for name in expand(wish, machine, device):
+            reasons = _reasons(name, kernels, machine, {}, None, device)
+            if not reasons:
+                return ()
+            decisions.append(Decision(name, wish, "", reasons))
+    return tuple(decisions)

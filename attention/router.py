@@ -1,0 +1,334 @@
+"""The override that the host calls for every attention call of a model.
+
+`Router.__call__` makes a small key of the call, looks its route up, sees the tensors in the kernel's layout and runs
+the kernel. A new key is planned once per run. Everything that changes lives in `Session`, which belongs to one
+sampling run: a router may be shared by threads, by cached nodes and by clones of a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .call import Undescribable, describe, input_view, output_view
+from .compiled import traced_attention
+from .kernel import Kernel, reasons_against
+from .machine import Machine
+from .plan import HOST, Decision, Plan, make_plan
+from .policy import Policy
+from .session import CURRENT, Forward, HostFunction, Route, Session
+
+log = logging.getLogger("attune")
+_MOST_ROUTES = 4096  # per phase of a run; with more different calls than that, planning starts anew
+_OUT_OF_MEMORY = "ran out of memory"
+_KNOWN = frozenset({"transformer_options", "scale", "enable_gqa", "low_precision_attention", "_inside_attn_wrapper"})
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is this a failed allocation, as torch reports it on CUDA, on the CPU and in older versions?"""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """What a router needs of its host, as values.
+
+    `plain(func)` is the host's own function behind `func`, without anything of this pack around it. `interrupts` are
+    exceptions that mean "stop". `free_memory()` empties caches; `free_bytes(device)` is what a kernel may still
+    allocate on it, None where nobody knows.
+    """
+
+    plain: Callable[[HostFunction], HostFunction] = lambda func: func
+    interrupts: tuple[type[BaseException], ...] = ()
+    free_memory: Callable[[], None] = lambda: None
+    free_bytes: Callable[[str], int | None] = lambda device: None
+
+
+class Router:
+    """Sends each attention call of a model to the kernel that its policy and this machine agree on.
+
+    `earlier` is an override that stood on the model before this one: it is called first and given a function that
+    routes. `doubles` and `blocks` number the blocks of models that count two kinds of them (Flux): doubles first.
+    """
+
+    # No `container_function` here, on purpose: the host then takes the tensors out of their containers itself and
+    # hands over its own function, which is what is needed to fall back.
+
+    def __init__(
+        self,
+        policy: Policy,
+        kernels: Mapping[str, Kernel],
+        machine: Machine,
+        link: HostLink | None = None,
+        earlier: Callable[..., torch.Tensor] | None = None,
+        doubles: int = 0,
+        blocks: int | None = None,
+    ) -> None:
+        self.policy = policy
+        self.kernels = kernels
+        self.machine = machine
+        self.link = link or HostLink()
+        self.earlier = earlier
+        self.doubles = doubles
+        self.blocks = blocks
+        # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
+        self.idle_session = Session(self)
+        self._idle = Forward(self, self.idle_session, policy.without_percent)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Router:
+        return self  # old hosts deep-copy model options; the router must stay the one its wrappers know
+
+    def __call__(
+        self,
+        func: HostFunction,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        attn_precision: torch.dtype | None = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The host's override protocol: `func` is the host's own attention, the rest are its arguments.
+
+        Tensors are (B, N, H·D), or (B, H, N, D) with `skip_reshape`; returns (B, N, H·D), or (B, H, N, D) with
+        `skip_output_reshape`, in q's dtype.
+        """
+        if self.earlier is not None:
+            attend = self._through_earlier
+        elif torch.compiler.is_compiling():
+            attend = traced_attention
+        else:
+            attend = self.route
+        return attend(func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs)
+
+    def bound(self, func: HostFunction) -> HostFunction:
+        """`route` as a function with the host's own signature."""
+        return functools.wraps(func)(functools.partial(self.route, func))
+
+    def _through_earlier(self, func: HostFunction, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Let the earlier override have its way, with the routed kernel in the place of the host's function."""
+        compiling = torch.compiler.is_compiling()
+        reached = False
+
+        def routed(*inner: Any, **options: Any) -> torch.Tensor:
+            nonlocal reached
+            reached = True
+            attend = traced_attention if compiling else self.route
+            return attend(func, *inner, **options)
+
+        routed.__name__ = func.__name__
+        assert self.earlier is not None
+        out = self.earlier(routed, *args, **kwargs)
+        if not reached and not compiling:
+            forward = CURRENT.get()
+            if forward is not None:
+                forward.shadowed += 1
+        return out
+
+    def route(
+        self,
+        func: HostFunction,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        attn_precision: torch.dtype | None = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run one call by its plan. Arguments as in `__call__`; containers of tensors are emptied."""
+        forward = CURRENT.get()
+        if forward is None or forward.router is not self:
+            forward = self._idle
+        get = kwargs.get
+        options = get("transformer_options")
+        block = None
+        if options is not None:
+            block = options.get("transformer_index")
+            if block is None:
+                block = options.get("block_index")
+                if block is not None and options.get("block_type") == "single":
+                    block += self.doubles
+        scale = get("scale")
+        try:
+            key = (
+                q.shape,
+                k.shape,
+                v.shape,
+                q.dtype,
+                k.dtype,
+                v.dtype,
+                q.device,
+                heads,
+                None if mask is None else (mask.shape, mask.dtype),
+                attn_precision,
+                skip_reshape,
+                skip_output_reshape,
+                scale,
+                block,
+                get("enable_gqa"),
+                get("low_precision_attention"),
+                tuple(kwargs),
+            )
+        except AttributeError:
+            if not hasattr(q, "take"):
+                raise
+            # One-slot containers of newer hosts, met where the host did not unpack them.
+            q, k, v = q.take(), k.take(), v.take()
+            return self.route(
+                func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
+            )
+        route = forward.routes.get(key)
+        if route is None:
+            route = self._plan(forward, key, q, k, v, mask, kwargs)
+        while route.run is not None:
+            try:
+                a, b, c, bias = q, k, v, mask
+                if route.dtype is not None:
+                    a, b, c = a.to(route.dtype), b.to(route.dtype), c.to(route.dtype)
+                if route.q_view is not None:
+                    a = route.q_view(a)
+                if route.k_view is not None:
+                    b = route.k_view(b)
+                if route.v_view is not None:
+                    c = route.v_view(c)
+                if bias is not None and route.mask_shape is not None:
+                    bias = bias.view(route.mask_shape)
+                out = route.run(a, b, c, mask=bias, scale=scale)
+                if route.out_view is not None:
+                    out = route.out_view(out)
+                if route.out_dtype is not None:
+                    out = out.to(route.out_dtype)
+            except Exception as error:
+                a = b = c = bias = None  # type: ignore[assignment]  # views would keep memory alive
+                self._demote(forward, key, route, error)
+                route = self._plan(forward, key, q, k, v, mask, kwargs)
+            else:
+                forward.counts[route] += 1
+                return out
+        token = CURRENT.set(None)  # whatever the host calls inside is its own business
+        try:
+            out = self.link.plain(func)(
+                q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
+            )
+        finally:
+            CURRENT.reset(token)
+        forward.counts[route] += 1
+        return out
+
+    def _demote(self, forward: Forward, key: Any, route: Route, error: Exception) -> None:
+        """A kernel raised: never use it again for this call in this run, and say so once. Re-raises interrupts."""
+        if isinstance(error, self.link.interrupts) or route.kernel is None:
+            raise error
+        name = route.kernel.name
+        if is_out_of_memory(error):
+            if name == "split" or "split" not in self.kernels:
+                raise error
+            self.link.free_memory()
+            reason = f"{_OUT_OF_MEMORY}: {_one_line(error)}"
+        else:
+            reason = f"raised {type(error).__name__}: {_one_line(error)}"
+        forward.session.demote(key, name, reason)
+        if forward.session.record.note(f"{name} {reason}"):
+            log.warning(
+                "Attention kernel %s %s. Another kernel computes these calls for the rest of the run.", name, reason
+            )
+
+    def _plan(
+        self,
+        forward: Forward,
+        key: tuple[Any, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> Route:
+        (*_, heads, _, precision, skip_reshape, skip_output, scale, block, gqa, low_precision, names) = key
+        unknown = tuple(name for name in names if name not in _KNOWN)
+        if scale is not None and not isinstance(scale, (int, float)):
+            unknown += (f"scale of type {type(scale).__name__}",)
+        options = kwargs.get("transformer_options") or {}
+        try:
+            call = describe(
+                q,
+                k,
+                v,
+                heads,
+                mask=mask,
+                skip_reshape=skip_reshape,
+                scale=scale,
+                enable_gqa=bool(gqa),
+                fp32_scores=precision is torch.float32,
+                lossy_allowed=low_precision is not False,
+                block=block,
+                blocks=self.blocks or options.get("total_blocks"),
+                unknown=unknown,
+            )
+        except Undescribable as why:
+            route = Route((Decision(HOST, HOST, "", ()),))
+            forward.session.record.note(f"the host's own attention runs where {why}")
+        else:
+            if call.kind == "self":
+                record = forward.session.record
+                record.longest_self = max(record.longest_self, call.q_len)
+            route = self._ready(forward, key, call)
+            if route.run is not None:
+                assert route.kernel is not None
+                layout = route.kernel.layout
+                route.q_view = input_view(q.ndim, skip_reshape, heads, layout)
+                route.k_view = input_view(k.ndim, skip_reshape, call.kv_heads, layout)
+                route.v_view = input_view(v.ndim, skip_reshape, call.kv_heads, layout)
+                route.out_view = output_view(skip_output, layout)
+                route.mask_shape = call.mask.shape if call.mask is not None and mask is not None else None
+                if mask is not None and route.mask_shape == tuple(mask.shape):
+                    route.mask_shape = None
+                if call.mixed_dtypes:
+                    route.dtype = call.dtype
+                    route.out_dtype = q.dtype
+        if len(forward.routes) >= _MOST_ROUTES:
+            forward.routes.clear()
+        forward.routes[key] = route
+        return route
+
+    def _ready(self, forward: Forward, key: Any, call: Any) -> Route:
+        """Plan, and load what was planned; a kernel that cannot even be loaded is demoted like one that raises."""
+        rules = [rule for index, rule in enumerate(self.policy.rules) if index in forward.active]
+        while True:
+            demoted = forward.session.demoted(key)
+            plan: Plan = make_plan(
+                call, rules, self.kernels, self.machine, demoted, self.link.free_bytes(call.device)
+            )
+            kernel, trail = plan.kernel, plan.decisions
+            if any(_OUT_OF_MEMORY in reason for reason in demoted.values()):
+                # What did not fit is done again by the exact kernel that needs least, whatever the rules prefer.
+                split = self.kernels["split"]
+                if not reasons_against(split, call, self.machine):
+                    kernel = split
+                    trail = (*(d for d in trail if not d.accepted), Decision("split", "split", ""))
+            if kernel is None:
+                return Route(trail)
+            route = Route(trail, kernel)
+            try:
+                route.run = kernel.load()
+            except Exception as error:
+                self._demote(forward, key, route, error)
+                continue
+            return route
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or "no message"
