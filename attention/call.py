@@ -7,7 +7,7 @@ the pack: B batch, H query heads, N query tokens, M key/value tokens, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -201,27 +201,25 @@ def describe(
     )
 
 
-View = Callable[[torch.Tensor], torch.Tensor]
+Shape = tuple[int, ...]
 
 
-def input_view(ndim: int, skip_reshape: bool, heads: int, layout: Layout) -> View | None:
-    """How to see a host tensor of `ndim` dimensions in a kernel's layout; None where it is that already.
+def input_view(ndim: int, skip_reshape: bool, shape: tuple[int, int, int, int], layout: Layout) -> tuple[Shape | None, bool]:
+    """How to see a host tensor of `ndim` dimensions in a kernel's layout: (shape to view it as, swap dims 1 and 2).
 
-    Splitting a dimension and swapping two are views for any strides, so nothing is ever copied here.
+    `shape` is its (B, N, H, D). Splitting a dimension and swapping two are views for any strides, so nothing is ever
+    copied here.
     """
     if skip_reshape:
-        return None if layout is Layout.BHND else lambda t: t.transpose(1, 2)
-    if ndim == 4:
-        return None if layout is Layout.BNHD else lambda t: t.transpose(1, 2)
-    if layout is Layout.BNHD:
-        return lambda t: t.view(t.shape[0], t.shape[1], heads, -1)
-    return lambda t: t.view(t.shape[0], t.shape[1], heads, -1).transpose(1, 2)
+        return None, layout is not Layout.BHND
+    return (None if ndim == 4 else shape), layout is not Layout.BNHD
 
 
-def output_view(skip_output_reshape: bool, layout: Layout) -> View | None:
-    """How to give a kernel's output back as the host wants it: (B, H, N, D), or (B, N, H·D) contiguous."""
+def output_view(call: AttentionCall, skip_output_reshape: bool, layout: Layout) -> tuple[bool, Shape | None]:
+    """How to give a kernel's output back: (swap dims 1 and 2, shape to bring it to).
+
+    The host wants (B, H, N, D), or (B, N, H·D), which is a copy only where the kernel's output lies otherwise.
+    """
     if skip_output_reshape:
-        return None if layout is Layout.BHND else lambda t: t.transpose(1, 2)
-    if layout is Layout.BNHD:
-        return lambda t: t.reshape(t.shape[0], t.shape[1], -1)
-    return lambda t: t.transpose(1, 2).reshape(t.shape[0], t.shape[2], -1)
+        return layout is not Layout.BHND, None
+    return layout is not Layout.BNHD, (call.batch, call.q_len, call.heads * call.v_dim)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from .call import Undescribable, describe, input_view, output_view
+from .call import Undescribable, describe
 from .compiled import traced_attention
 from .kernel import Kernel, reasons_against
 from .machine import Machine
@@ -26,7 +27,24 @@ from .session import CURRENT, Forward, HostFunction, Route, Session
 log = logging.getLogger("attune")
 _MOST_ROUTES = 4096  # per phase of a run; with more different calls than that, planning starts anew
 _OUT_OF_MEMORY = "ran out of memory"
-_KNOWN = frozenset({"transformer_options", "scale", "enable_gqa", "low_precision_attention", "_inside_attn_wrapper"})
+# Some of the host's functions read a keyword that is there and None as another thing than one that is not there.
+_ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "absent"})()
+
+
+def _given(options: Any, scale: Any, enable_gqa: Any, low_precision: Any, inside: Any) -> dict[str, Any]:
+    """The keyword arguments as the host gave them."""
+    given: dict[str, Any] = {}
+    if options is not None:
+        given["transformer_options"] = options
+    if scale is not _ABSENT:
+        given["scale"] = scale
+    if enable_gqa is not _ABSENT:
+        given["enable_gqa"] = enable_gqa
+    if low_precision is not _ABSENT:
+        given["low_precision_attention"] = low_precision
+    if inside is not _ABSENT:
+        given["_inside_attn_wrapper"] = inside
+    return given
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,8 +73,7 @@ class HostLink:
 class Router:
     """Sends each attention call of a model to the kernel that its policy and this machine agree on.
 
-    `earlier` is an override that stood on the model before this one: it is called first and given a function that
-    routes. `doubles` and `blocks` number the blocks of models that count two kinds of them (Flux): doubles first.
+    `doubles` and `blocks` number the blocks of models that count two kinds of them (Flux): doubles first.
     """
 
     # No `container_function` here, on purpose: the host then takes the tensors out of their containers itself and
@@ -68,7 +85,6 @@ class Router:
         kernels: Mapping[str, Kernel],
         machine: Machine,
         link: HostLink | None = None,
-        earlier: Callable[..., torch.Tensor] | None = None,
         doubles: int = 0,
         blocks: int | None = None,
     ) -> None:
@@ -76,7 +92,7 @@ class Router:
         self.kernels = kernels
         self.machine = machine
         self.link = link or HostLink()
-        self.earlier = earlier
+        self.earlier: Callable[..., torch.Tensor] | None = None
         self.doubles = doubles
         self.blocks = blocks
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
@@ -97,72 +113,34 @@ class Router:
         attn_precision: torch.dtype | None = None,
         skip_reshape: bool = False,
         skip_output_reshape: bool = False,
-        **kwargs: Any,
+        *,
+        transformer_options: Mapping[str, Any] | None = None,
+        scale: Any = _ABSENT,
+        enable_gqa: Any = _ABSENT,
+        low_precision_attention: Any = _ABSENT,
+        _inside_attn_wrapper: Any = _ABSENT,
+        **unknown: Any,
     ) -> torch.Tensor:
         """The host's override protocol: `func` is the host's own attention, the rest are its arguments.
 
         Tensors are (B, N, H·D), or (B, H, N, D) with `skip_reshape`; returns (B, N, H·D), or (B, H, N, D) with
-        `skip_output_reshape`, in q's dtype.
+        `skip_output_reshape`, in q's dtype. Containers of tensors are emptied.
         """
-        if self.earlier is not None:
-            attend = self._through_earlier
-        elif torch.compiler.is_compiling():
-            attend = traced_attention
-        else:
-            attend = self.route
-        return attend(func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs)
-
-    def bound(self, func: HostFunction) -> HostFunction:
-        """`route` as a function with the host's own signature."""
-        return functools.wraps(func)(functools.partial(self.route, func))
-
-    def _through_earlier(self, func: HostFunction, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Let the earlier override have its way, with the routed kernel in the place of the host's function."""
-        compiling = torch.compiler.is_compiling()
-        reached = False
-
-        def routed(*inner: Any, **options: Any) -> torch.Tensor:
-            nonlocal reached
-            reached = True
-            attend = traced_attention if compiling else self.route
-            return attend(func, *inner, **options)
-
-        routed.__name__ = func.__name__
-        assert self.earlier is not None
-        out = self.earlier(routed, *args, **kwargs)
-        if not reached and not compiling:
-            forward = CURRENT.get()
-            if forward is not None:
-                forward.shadowed += 1
-        return out
-
-    def route(
-        self,
-        func: HostFunction,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        heads: int,
-        mask: torch.Tensor | None = None,
-        attn_precision: torch.dtype | None = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Run one call by its plan. Arguments as in `__call__`; containers of tensors are emptied."""
+        if is_compiling():
+            known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
+            return traced_attention(
+                func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown
+            )
         forward = CURRENT.get()
         if forward is None or forward.router is not self:
             forward = self._idle
-        get = kwargs.get
-        options = get("transformer_options")
         block = None
-        if options is not None:
-            block = options.get("transformer_index")
+        if transformer_options:
+            block = transformer_options.get("transformer_index")
             if block is None:
-                block = options.get("block_index")
-                if block is not None and options.get("block_type") == "single":
+                block = transformer_options.get("block_index")
+                if self.doubles and block is not None and transformer_options.get("block_type") == "single":
                     block += self.doubles
-        scale = get("scale")
         try:
             key = (
                 q.shape,
@@ -173,61 +151,54 @@ class Router:
                 v.dtype,
                 q.device,
                 heads,
-                None if mask is None else (mask.shape, mask.dtype),
+                mask if mask is None else (mask.shape, mask.dtype),
                 attn_precision,
                 skip_reshape,
                 skip_output_reshape,
                 scale,
                 block,
-                get("enable_gqa"),
-                get("low_precision_attention"),
-                tuple(kwargs),
+                enable_gqa,
+                low_precision_attention,
+                tuple(unknown) if unknown else None,
             )
         except AttributeError:
             if not hasattr(q, "take"):
                 raise
             # One-slot containers of newer hosts, met where the host did not unpack them.
             q, k, v = q.take(), k.take(), v.take()
+            known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
             return self.route(
-                func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
+                func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown
             )
         route = forward.routes.get(key)
         if route is None:
-            route = self._plan(forward, key, q, k, v, mask, kwargs)
+            route = self._plan(forward, key, q, k, v, mask, transformer_options)
         while route.run is not None:
             try:
-                a, b, c, bias = q, k, v, mask
-                if route.dtype is not None:
-                    a, b, c = a.to(route.dtype), b.to(route.dtype), c.to(route.dtype)
-                if route.q_view is not None:
-                    a = route.q_view(a)
-                if route.k_view is not None:
-                    b = route.k_view(b)
-                if route.v_view is not None:
-                    c = route.v_view(c)
-                if bias is not None and route.mask_shape is not None:
-                    bias = bias.view(route.mask_shape)
-                out = route.run(a, b, c, mask=bias, scale=scale)
-                if route.out_view is not None:
-                    out = route.out_view(out)
-                if route.out_dtype is not None:
-                    out = out.to(route.out_dtype)
+                out = route.attend(q, k, v, mask)
             except Exception as error:
-                a = b = c = bias = None  # type: ignore[assignment]  # views would keep memory alive
                 self._demote(forward, key, route, error)
-                route = self._plan(forward, key, q, k, v, mask, kwargs)
+                route = self._plan(forward, key, q, k, v, mask, transformer_options)
             else:
                 forward.counts[route] += 1
                 return out
+        known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
         token = CURRENT.set(None)  # whatever the host calls inside is its own business
         try:
             out = self.link.plain(func)(
-                q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
+                q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown
             )
         finally:
             CURRENT.reset(token)
         forward.counts[route] += 1
         return out
+
+    # The same without any earlier override in front: for calls that have passed it, or carry no options.
+    route = __call__
+
+    def bound(self, func: HostFunction) -> HostFunction:
+        """`route` as a function with the host's own signature."""
+        return functools.partial(self.route, func)
 
     def _demote(self, forward: Forward, key: Any, route: Route, error: Exception) -> None:
         """A kernel raised: never use it again for this call in this run, and say so once. Re-raises interrupts."""
@@ -255,13 +226,14 @@ class Router:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
-        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any] | None,
     ) -> Route:
-        (*_, heads, _, precision, skip_reshape, skip_output, scale, block, gqa, low_precision, names) = key
-        unknown = tuple(name for name in names if name not in _KNOWN)
+        heads, _, precision, skip_reshape, skip_output, scale, block, gqa, low_precision, names = key[7:]
+        unknown = names or ()
+        if scale is _ABSENT:
+            scale = None
         if scale is not None and not isinstance(scale, (int, float)):
             unknown += (f"scale of type {type(scale).__name__}",)
-        options = kwargs.get("transformer_options") or {}
         try:
             call = describe(
                 q,
@@ -271,11 +243,11 @@ class Router:
                 mask=mask,
                 skip_reshape=skip_reshape,
                 scale=scale,
-                enable_gqa=bool(gqa),
+                enable_gqa=gqa is not _ABSENT and bool(gqa),
                 fp32_scores=precision is torch.float32,
                 lossy_allowed=low_precision is not False,
                 block=block,
-                blocks=self.blocks or options.get("total_blocks"),
+                blocks=self.blocks or (options or {}).get("total_blocks"),
                 unknown=unknown,
             )
         except Undescribable as why:
@@ -287,15 +259,8 @@ class Router:
                 record.longest_self = max(record.longest_self, call.q_len)
             route = self._ready(forward, key, call)
             if route.run is not None:
-                assert route.kernel is not None
-                layout = route.kernel.layout
-                route.q_view = input_view(q.ndim, skip_reshape, heads, layout)
-                route.k_view = input_view(k.ndim, skip_reshape, call.kv_heads, layout)
-                route.v_view = input_view(v.ndim, skip_reshape, call.kv_heads, layout)
-                route.out_view = output_view(skip_output, layout)
-                route.mask_shape = call.mask.shape if call.mask is not None and mask is not None else None
-                if mask is not None and route.mask_shape == tuple(mask.shape):
-                    route.mask_shape = None
+                route.scale = scale
+                route.fit(call, (q.ndim, k.ndim, v.ndim), skip_reshape, skip_output)
                 if call.mixed_dtypes:
                     route.dtype = call.dtype
                     route.out_dtype = q.dtype
@@ -328,6 +293,35 @@ class Router:
                 self._demote(forward, key, route, error)
                 continue
             return route
+
+
+class ChainedRouter(Router):
+    """A router on a model that already had an override of another pack, which may change what attention means.
+
+    The earlier override is called first and given a function that routes in the place of the host's own. Where it
+    never calls that function the router is shadowed: the record counts such calls.
+    """
+
+    def __init__(self, earlier: Callable[..., torch.Tensor], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.earlier = earlier
+
+    def __call__(self, func: HostFunction, *args: Any, **kwargs: Any) -> torch.Tensor:
+        reached = False
+
+        def routed(*inner: Any, **options: Any) -> torch.Tensor:
+            nonlocal reached
+            reached = True
+            return self.route(func, *inner, **options)
+
+        routed.__name__ = func.__name__
+        assert self.earlier is not None
+        out = self.earlier(routed, *args, **kwargs)
+        if not reached and not is_compiling():
+            forward = CURRENT.get()
+            if forward is not None:
+                forward.shadowed += 1
+        return out
 
 
 def _one_line(error: BaseException) -> str:

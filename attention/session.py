@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .call import View
+from .call import AttentionCall, Shape, input_view, output_view
 from .kernel import Kernel, Run
 from .record import Record, Trail
 
@@ -25,19 +25,81 @@ class Route:
     `run` None stands for the host's own attention; `trail` is how the plan came about.
     """
 
-    __slots__ = ("dtype", "k_view", "kernel", "mask_shape", "out_dtype", "out_view", "q_view", "run", "trail", "v_view")
+    __slots__ = (
+        "dtype",
+        "k_shape",
+        "k_swap",
+        "kernel",
+        "mask_shape",
+        "out_dtype",
+        "out_shape",
+        "out_swap",
+        "q_shape",
+        "q_swap",
+        "run",
+        "scale",
+        "trail",
+        "v_shape",
+        "v_swap",
+    )
 
     def __init__(self, trail: Trail, kernel: Kernel | None = None, run: Run | None = None) -> None:
         self.trail = trail
         self.kernel = kernel
         self.run = run
+        self.scale: float | None = None
         self.dtype: torch.dtype | None = None  # set where q, k, v differ: what to convert them to
         self.out_dtype: torch.dtype | None = None
-        self.mask_shape: tuple[int, int, int, int] | None = None
-        self.q_view: View | None = None
-        self.k_view: View | None = None
-        self.v_view: View | None = None
-        self.out_view: View | None = None
+        self.q_shape: Shape | None = None
+        self.k_shape: Shape | None = None
+        self.v_shape: Shape | None = None
+        self.mask_shape: Shape | None = None
+        self.out_shape: Shape | None = None
+        self.q_swap = self.k_swap = self.v_swap = self.out_swap = False
+
+    def fit(self, call: AttentionCall, ndims: tuple[int, int, int], skip_reshape: bool, skip_output: bool) -> None:
+        """Settle the views for calls like `call`, whose q, k, v have `ndims` dimensions."""
+        assert self.kernel is not None
+        layout = self.kernel.layout
+        q = (call.batch, call.q_len, call.heads, call.head_dim)
+        k = (call.batch, call.kv_len, call.kv_heads, call.head_dim)
+        v = (call.batch, call.kv_len, call.kv_heads, call.v_dim)
+        self.q_shape, self.q_swap = input_view(ndims[0], skip_reshape, q, layout)
+        self.k_shape, self.k_swap = input_view(ndims[1], skip_reshape, k, layout)
+        self.v_shape, self.v_swap = input_view(ndims[2], skip_reshape, v, layout)
+        self.out_swap, self.out_shape = output_view(call, skip_output, layout)
+        self.mask_shape = call.mask.shape if call.mask else None
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the kernel on the host's tensors, seen in its layout; the result is as the host wants it."""
+        if self.dtype is not None:
+            q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
+        if self.q_shape is not None:
+            q = q.view(*self.q_shape)
+        if self.q_swap:
+            q = q.transpose(1, 2)
+        if self.k_shape is not None:
+            k = k.view(*self.k_shape)
+        if self.k_swap:
+            k = k.transpose(1, 2)
+        if self.v_shape is not None:
+            v = v.view(*self.v_shape)
+        if self.v_swap:
+            v = v.transpose(1, 2)
+        if mask is not None:
+            mask = mask.view(*self.mask_shape)  # type: ignore[misc]
+        out = self.run(q, k, v, mask=mask, scale=self.scale)  # type: ignore[misc]  # callers have checked it
+        if self.out_swap:
+            out = out.transpose(1, 2)
+        if self.out_shape is not None:
+            out = out.reshape(*self.out_shape)
+        return out if self.out_dtype is None else out.to(self.out_dtype)
 
 
 class Session:

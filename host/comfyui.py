@@ -22,7 +22,7 @@ from ..attention.compiled import host_functions
 from ..attention.kernel import Kernel
 from ..attention.machine import Machine, read_machine
 from ..attention.policy import Policy, Rule
-from ..attention.router import HostLink, Router
+from ..attention.router import ChainedRouter, HostLink, Router
 from ..attention.session import Forward, Session
 from ..kernels import KERNELS
 from . import trampoline
@@ -209,7 +209,8 @@ def attach(
     policy = standing.router.policy if standing else Policy()
     earlier = override.earlier if isinstance(override, Router) else override
     doubles, blocks = count_blocks(patched)
-    router = Router(policy.adding(*rules), kernels(), machine(), LINK, earlier, doubles, blocks)
+    parts = (policy.adding(*rules), kernels(), machine(), LINK, doubles, blocks)
+    router = Router(*parts) if earlier is None else ChainedRouter(earlier, *parts)
     source = rules[0].source
     node_types = {**(standing.node_types if standing else {}), source: node_type}
     advisors = {**(standing.advisors if standing else {}), **({source: advisor} if advisor else {})}
