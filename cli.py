@@ -10,7 +10,12 @@ from typing import Any
 from .attention.kernel import Kernel, machine_reasons
 from .attention.machine import Machine, read_machine
 
-_HOST_ONLY = {"sub_quad": "ComfyUI sub-quadratic attention", "basic": "ComfyUI basic attention"}
+# Kernels that have a name and are not there: outside ComfyUI, or in this version.
+_ELSEWHERE = {
+    "sub_quad": ("ComfyUI sub-quadratic attention", "comfyui", "exact", "exists only inside ComfyUI"),
+    "basic": ("ComfyUI basic attention", "comfyui", "exact", "exists only inside ComfyUI"),
+    "attune_int8": ("Our own 8-bit Triton kernel", "", "lossy", "is not part of this version yet"),
+}
 
 
 def kernel_rows(kernels: dict[str, Kernel], machine: Machine) -> list[dict[str, Any]]:
@@ -33,18 +38,10 @@ def kernel_rows(kernels: dict[str, Kernel], machine: Machine) -> list[dict[str, 
                 "reasons": reasons,
             }
         )
-    for name, title in _HOST_ONLY.items():
+    for name, (title, package, precision, reason) in _ELSEWHERE.items():
         if name not in kernels:
-            rows.append(
-                {
-                    "name": name,
-                    "title": title,
-                    "package": "comfyui",
-                    "precision": "exact",
-                    "status": "unsupported",
-                    "reasons": ["exists only inside ComfyUI"],
-                }
-            )
+            row = {"name": name, "title": title, "package": package, "precision": precision}
+            rows.append({**row, "status": "unsupported", "reasons": [reason]})
     return rows
 
 
@@ -53,7 +50,9 @@ def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
     print(f"{device.title} ({device.architecture.value}{', ' + device.sm if device.sm else ''}), torch {machine.torch}")
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['precision']:<6}  {row['status']:<13}  {'; '.join(row['reasons'])}".rstrip())
+        print(
+            f"{row['name']:<{width}}  {row['precision']:<6}  {row['status']:<13}  {'; '.join(row['reasons'])}".rstrip()
+        )
 
 
 def _kernels(options: argparse.Namespace) -> int:

@@ -162,7 +162,9 @@ def describe(
         _, v_heads, v_len, v_dim = v.shape
     else:
         if q.ndim != 3 or heads <= 0 or q.shape[2] % heads:
-            raise Undescribable(f"q of shape {tuple(q.shape)} does not hold {heads} heads as (batch, tokens, heads·dim)")
+            raise Undescribable(
+                f"q of shape {tuple(q.shape)} does not hold {heads} heads as (batch, tokens, heads·dim)"
+            )
         batch, q_len, width = q.shape
         q_heads, head_dim = heads, width // heads
         kv_len, kv_heads, k_dim = _split("k", k, batch, heads, head_dim)
@@ -204,7 +206,9 @@ def describe(
 Shape = tuple[int, ...]
 
 
-def input_view(ndim: int, skip_reshape: bool, shape: tuple[int, int, int, int], layout: Layout) -> tuple[Shape | None, bool]:
+def input_view(
+    ndim: int, skip_reshape: bool, shape: tuple[int, int, int, int], layout: Layout
+) -> tuple[Shape | None, bool]:
     """How to see a host tensor of `ndim` dimensions in a kernel's layout: (shape to view it as, swap dims 1 and 2).
 
     `shape` is its (B, N, H, D). Splitting a dimension and swapping two are views for any strides, so nothing is ever

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .session import CURRENT, HostFunction
+from .link import HostFunction
+from .session import CURRENT
 
 # The namespace holds this module's name: two copies of the pack in one process must not define one operator twice.
 _NAMESPACE = "attune_" + "".join(c if c.isalnum() else "_" for c in __name__)
@@ -49,9 +50,7 @@ def plain_attention(
     if mask is not None:
         mask = mask[None] if mask.ndim == 2 else mask
         mask = mask[:, None] if mask.ndim == 3 else mask
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
     return out if skip_output_reshape else out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
 
 
@@ -118,9 +117,7 @@ def _fake(
 _LIBRARY.impl("attention", _run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{_NAMESPACE}::attention", _fake, lib=_LIBRARY)
 _OPERATOR = getattr(torch.ops, _NAMESPACE).attention.default
-_CARRIED = frozenset(
-    {"transformer_options", "scale", "enable_gqa", "low_precision_attention", "_inside_attn_wrapper"}
-)
+_CARRIED = frozenset({"transformer_options", "scale", "enable_gqa", "low_precision_attention", "_inside_attn_wrapper"})
 
 
 def traced_attention(

@@ -14,8 +14,8 @@ InputKind = Literal["normal", "structured", "bias_k", "bias_v", "spike_k"]
 class Errors:
     """Figures of one comparison; every one is NaN where the output is not finite.
 
-    `cosine` is the cosine similarity (1 is best), the others are relative: `l1` = Σ|out − ref| / Σ|ref|,
-    `l2` = ‖out − ref‖ / ‖ref‖, `largest` = max|out − ref| / max|ref|.
+    `cosine` is the cosine similarity (1 is best), the others are relative: `l1` = Σ|out - ref| / Σ|ref|,
+    `l2` = ‖out - ref‖ / ‖ref‖, `largest` = max|out - ref| / max|ref|.
     """
 
     cosine: float

@@ -109,7 +109,9 @@ def machine_reasons(kernel: Kernel, machine: Machine, device: Device | None = No
     needs = kernel.needs
     reasons = []
     if kernel.package not in ("", "torch") and kernel.package not in machine.packages:
-        reasons.append(f"package {kernel.package} is not installed" + (f" ({kernel.install})" if kernel.install else ""))
+        reasons.append(
+            f"package {kernel.package} is not installed" + (f" ({kernel.install})" if kernel.install else "")
+        )
     if device.type not in needs.devices:
         wanted = " or ".join(sorted(needs.devices))
         reasons.append(f"needs a {wanted} device, this is {device.type}")

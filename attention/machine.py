@@ -205,7 +205,8 @@ def read_machine(host_attention: str = "", host_flag: str = "") -> Machine:
         devices += _cuda_devices()
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         devices += [
-            Device(f"xpu:{i}", torch.xpu.get_device_name(i), Architecture.INTEL) for i in range(torch.xpu.device_count())
+            Device(f"xpu:{i}", torch.xpu.get_device_name(i), Architecture.INTEL)
+            for i in range(torch.xpu.device_count())
         ]
     if torch.backends.mps.is_available():
         devices.append(Device("mps", "Apple GPU", Architecture.APPLE))

@@ -90,9 +90,7 @@ def _reasons(
     return reasons
 
 
-def _candidates(
-    call: AttentionCall, rules: Sequence[Rule], machine: Machine
-) -> Iterator[tuple[int, str, str, bool]]:
+def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) -> Iterator[tuple[int, str, str, bool]]:
     """(index of the rule or -1, wish, kernel name, exact only) in the order in which they are asked.
 
     Matching rules, last first; below a dense rule only exact kernels count, and its own come after the others'.
@@ -126,8 +124,8 @@ def make_plan(
     """Choose the kernel for `call` under the `rules` in force, the last matching rule first.
 
     `kernels` is what this pack knows, by name. `demoted` gives a reason for each kernel that may not be used for this
-    call although it could (it raised, it was wrong), `free_bytes` is what may still be allocated. Raises RefusedError where a rule that may not fall through
-    cannot be followed. Pure: the same arguments give the same plan.
+    call although it could (it raised, it was wrong), `free_bytes` is what may still be allocated. Raises
+    RefusedError where a rule that may not fall through cannot be followed. Pure: the same arguments give the same plan.
     """
     decisions: list[Decision] = []
     of_rule: list[Decision] = []

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from torch.compiler import is_compiling
 from .call import Undescribable, describe
 from .compiled import traced_attention
 from .kernel import Kernel, reasons_against
+from .link import HostFunction, HostLink, is_out_of_memory
 from .machine import Machine
 from .plan import HOST, Decision, Plan, make_plan
 from .policy import Policy
-from .session import CURRENT, Forward, HostFunction, Route, Session
+from .session import CURRENT, Forward, Route, Session
 
 log = logging.getLogger("attune")
 _MOST_ROUTES = 4096  # per phase of a run; with more different calls than that, planning starts anew
@@ -47,29 +47,6 @@ def _given(options: Any, scale: Any, enable_gqa: Any, low_precision: Any, inside
     return given
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Is this a failed allocation, as torch reports it on CUDA, on the CPU and in older versions?"""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-
-
-@dataclass(frozen=True)
-class HostLink:
-    """What a router needs of its host, as values.
-
-    `plain(func)` is the host's own function behind `func`, without anything of this pack around it. `interrupts` are
-    exceptions that mean "stop". `free_memory()` empties caches; `free_bytes(device)` is what a kernel may still
-    allocate on it, None where nobody knows.
-    """
-
-    plain: Callable[[HostFunction], HostFunction] = lambda func: func
-    interrupts: tuple[type[BaseException], ...] = ()
-    free_memory: Callable[[], None] = lambda: None
-    free_bytes: Callable[[str], int | None] = lambda device: None
-
-
 class Router:
     """Sends each attention call of a model to the kernel that its policy and this machine agree on.
 
@@ -92,7 +69,6 @@ class Router:
         self.kernels = kernels
         self.machine = machine
         self.link = link or HostLink()
-        self.earlier: Callable[..., torch.Tensor] | None = None
         self.doubles = doubles
         self.blocks = blocks
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
@@ -165,7 +141,7 @@ class Router:
             if not hasattr(q, "take"):
                 raise
             # One-slot containers of newer hosts, met where the host did not unpack them.
-            q, k, v = q.take(), k.take(), v.take()
+            q, k, v = q.take(), k.take(), v.take()  # type: ignore[call-arg]
             known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
             return self.route(
                 func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown
@@ -274,9 +250,7 @@ class Router:
         rules = [rule for index, rule in enumerate(self.policy.rules) if index in forward.active]
         while True:
             demoted = forward.session.demoted(key)
-            plan: Plan = make_plan(
-                call, rules, self.kernels, self.machine, demoted, self.link.free_bytes(call.device)
-            )
+            plan: Plan = make_plan(call, rules, self.kernels, self.machine, demoted, self.link.free_bytes(call.device))
             kernel, trail = plan.kernel, plan.decisions
             if any(_OUT_OF_MEMORY in reason for reason in demoted.values()):
                 # What did not fit is done again by the exact kernel that needs least, whatever the rules prefer.
@@ -293,35 +267,6 @@ class Router:
                 self._demote(forward, key, route, error)
                 continue
             return route
-
-
-class ChainedRouter(Router):
-    """A router on a model that already had an override of another pack, which may change what attention means.
-
-    The earlier override is called first and given a function that routes in the place of the host's own. Where it
-    never calls that function the router is shadowed: the record counts such calls.
-    """
-
-    def __init__(self, earlier: Callable[..., torch.Tensor], *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.earlier = earlier
-
-    def __call__(self, func: HostFunction, *args: Any, **kwargs: Any) -> torch.Tensor:
-        reached = False
-
-        def routed(*inner: Any, **options: Any) -> torch.Tensor:
-            nonlocal reached
-            reached = True
-            return self.route(func, *inner, **options)
-
-        routed.__name__ = func.__name__
-        assert self.earlier is not None
-        out = self.earlier(routed, *args, **kwargs)
-        if not reached and not is_compiling():
-            forward = CURRENT.get()
-            if forward is not None:
-                forward.shadowed += 1
-        return out
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,6 @@ from .record import Record, Trail
 
 if TYPE_CHECKING:
     from .router import Router
-
-HostFunction = Callable[..., torch.Tensor]
 
 
 class Route:
@@ -136,9 +134,7 @@ class Forward:
 
     __slots__ = ("_token", "active", "counts", "router", "routes", "session", "shadowed", "takes_bare_calls")
 
-    def __init__(
-        self, router: Router, session: Session, active: frozenset[int], takes_bare_calls: bool = True
-    ) -> None:
+    def __init__(self, router: Router, session: Session, active: frozenset[int], takes_bare_calls: bool = True) -> None:
         self.router = router
         self.session = session
         self.active = active

@@ -18,11 +18,13 @@ import torch
 from comfy.cli_args import args as launch
 from comfy.patcher_extension import WrappersMP
 
+from ..attention.chained import ChainedRouter
 from ..attention.compiled import host_functions
 from ..attention.kernel import Kernel
+from ..attention.link import HostLink
 from ..attention.machine import Machine, read_machine
 from ..attention.policy import Policy, Rule
-from ..attention.router import ChainedRouter, HostLink, Router
+from ..attention.router import Router
 from ..attention.session import Forward, Session
 from ..kernels import KERNELS
 from . import trampoline
@@ -147,9 +149,7 @@ class Attachment:
         try:
             record = run.record
             if record.shadowed:
-                record.note(
-                    f"another pack's attention override kept {record.shadowed} calls for itself; rules do not reach them"
-                )
+                record.note(f"another pack's attention override kept {record.shadowed} calls; rules do not reach them")
             if not record.observed() and record.forwards:
                 text = (
                     f"no attention call of this model ({run.model}) reached the pack: it computes attention in its own "
@@ -177,7 +177,7 @@ class Attachment:
             return executor(x, t, *args, **kwargs)
 
 
-def _standing(model: Any, override: Any) -> Attachment | None:
+def _standing(model: Any) -> Attachment | None:
     """What an earlier node of this pack left on the model."""
     wrappers = model.get_wrappers(WrappersMP.APPLY_MODEL, _WRAPPER_KEY)
     for wrapper in wrappers:
@@ -187,9 +187,7 @@ def _standing(model: Any, override: Any) -> Attachment | None:
     return None
 
 
-def attach(
-    model: Any, *rules: Rule, node_type: str = "", advisor: Advisor | None = None
-) -> Any:
+def attach(model: Any, *rules: Rule, node_type: str = "", advisor: Advisor | None = None) -> Any:
     """A clone of `model` whose policy has `rules` added at its end; `model` itself stays as it is.
 
     A model of a kind that cannot be patched is given back unchanged, with one line in the log.
@@ -205,9 +203,9 @@ def attach(
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     override = options.get(OVERRIDE)
-    standing = _standing(patched, override)
+    standing = _standing(patched)
     policy = standing.router.policy if standing else Policy()
-    earlier = override.earlier if isinstance(override, Router) else override
+    earlier = getattr(override, "earlier", None) if isinstance(override, Router) else override
     doubles, blocks = count_blocks(patched)
     parts = (policy.adding(*rules), kernels(), machine(), LINK, doubles, blocks)
     router = Router(*parts) if earlier is None else ChainedRouter(earlier, *parts)

@@ -22,7 +22,8 @@ import torch
 
 from ..attention import compiled
 from ..attention.compiled import traced_attention
-from ..attention.session import CURRENT, HostFunction
+from ..attention.link import HostFunction
+from ..attention.session import CURRENT
 
 _lock = threading.RLock()
 _users = 0

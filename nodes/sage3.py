@@ -28,9 +28,7 @@ def advice(run: Any, _attachment: Any, steps: int) -> list[str]:
     return lines
 
 
-def dense_rules(
-    first_percent: float, last_percent: float, first_blocks: int, last_blocks: int
-) -> list[Rule]:
+def dense_rules(first_percent: float, last_percent: float, first_blocks: int, last_blocks: int) -> list[Rule]:
     """Rules that keep the given ends of the sampling and of the model on exact kernels."""
     rules = []
     if first_percent > 0:

@@ -85,8 +85,10 @@ class AttentionSelector(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, kernel: str | None = None) -> bool | str:
-        return kernel_error(kernel) or True
+    def validate_inputs(cls, kernel: str | None = None, cross_attention: str | None = None) -> bool | str:
+        # Naming an input here switches off the host's own check, which counts the names instead of listing them.
+        wrong_cross = None if cross_attention == "same" else kernel_error(cross_attention)
+        return kernel_error(kernel) or (f"cross_attention: {wrong_cross}" if wrong_cross else True)
 
     @classmethod
     def execute(
@@ -108,7 +110,5 @@ class AttentionSelector(io.ComfyNode):
         on_refusal = "error" if when_unavailable == "error" else "fall_through"
         rules = [Rule(kernels(kernel), min_tokens=min_tokens, on_refusal=on_refusal)]
         if cross_attention != "same":
-            rules.append(
-                Rule(kernels(cross_attention), kind="cross", min_tokens=min_tokens, on_refusal=on_refusal)
-            )
+            rules.append(Rule(kernels(cross_attention), kind="cross", min_tokens=min_tokens, on_refusal=on_refusal))
         return add_rules(cls, model, *rules)

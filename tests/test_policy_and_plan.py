@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from comfyui_attune.attention.call import AttentionCall, Layout, Undescribable, mask_shape
 from comfyui_attune.attention.kernel import Kernel, Needs, reasons_against
 from comfyui_attune.attention.machine import CPU, Architecture, Device, Machine, first_choices, nvidia_architecture
@@ -126,7 +127,7 @@ def test_demotion_and_memory_are_reasons():
 
 
 def test_names_are_checked_and_the_error_lists_them():
-    with pytest.raises(UnknownKernelError, match="'sage4'.*sage3_per_block_mean.*basic"):
+    with pytest.raises(UnknownKernelError, match=r"'sage4'.*sage3_per_block_mean.*basic"):
         Rule(("sage4",))
 
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from comfyui_attune.attention.call import Layout
+from comfyui_attune.attention.chained import ChainedRouter
 from comfyui_attune.attention.compiled import plain_attention
 from comfyui_attune.attention.kernel import Kernel, Needs
+from comfyui_attune.attention.link import HostLink
 from comfyui_attune.attention.machine import Machine
 from comfyui_attune.attention.plan import RefusedError
 from comfyui_attune.attention.policy import BlockRange, Policy, Rule
 from comfyui_attune.attention.reference import reference_attention
-from comfyui_attune.attention.router import ChainedRouter, HostLink, Router
+from comfyui_attune.attention.router import Router
 from comfyui_attune.attention.session import CURRENT, Forward, Session
 
 EVERYTHING = Needs(
@@ -353,5 +355,5 @@ def test_workspace_that_does_not_fit_is_refused_with_both_figures(run):
     router = make(fake, link=HostLink(free_bytes=lambda device: 2**20))
     _, session = run(router, *tensors(), 2)
     assert session.record.observed() == {"host": 1}
-    (_, reasons), = session.record.nodes()["7"].refused
+    ((_, reasons),) = session.record.nodes()["7"].refused
     assert reasons == ("needs 3 MiB of working memory, 1 MiB are free",)

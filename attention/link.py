@@ -1,0 +1,33 @@
+"""What a router needs of its host, as values, and how torch says that memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+HostFunction = Callable[..., torch.Tensor]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is this a failed allocation, as torch reports it on CUDA, on the CPU and in older versions?"""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """What a router needs of its host, as values.
+
+    `plain(func)` is the host's own function behind `func`, without anything of this pack around it. `interrupts` are
+    exceptions that mean "stop". `free_memory()` empties caches; `free_bytes(device)` is what a kernel may still
+    allocate on it, None where nobody knows.
+    """
+
+    plain: Callable[[HostFunction], HostFunction] = lambda func: func
+    interrupts: tuple[type[BaseException], ...] = ()
+    free_memory: Callable[[], None] = lambda: None
+    free_bytes: Callable[[str], int | None] = lambda device: None
