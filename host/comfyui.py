@@ -35,6 +35,7 @@ from .server import prompt_context, send_run
 log = logging.getLogger("attune")
 OVERRIDE = "optimized_attention_override"
 _WRAPPER_KEY = "attune"
+_said: set[str] = set()  # kinds of models that the log has spoken of
 Advisor = Callable[[RunInfo, "Attachment", int], list[str]]
 
 # Launch flags of the host that choose its attention function, as in comfy/cli_args.py (newer ones may be missing).
@@ -156,7 +157,9 @@ class Attachment:
                     "way, or a later node replaced the override. It ran unchanged."
                 )
                 record.note(text)
-                log.info("Attention: %s", text)
+                if run.model not in _said:
+                    _said.add(run.model)
+                    log.info("Attention: %s", text)
             for source, advisor in self.advisors.items():
                 run.advice[source] = advisor(run, self, steps)
             send_run(run)
@@ -195,16 +198,22 @@ def attach(model: Any, *rules: Rule, node_type: str = "", advisor: Advisor | Non
     if switched_off() or not rules:
         return model
     if not (hasattr(model, "clone") and hasattr(model, "model_options") and hasattr(model, "add_wrapper_with_key")):
-        log.warning(
-            "Attention: a model of type %s cannot be patched (wanted a ComfyUI ModelPatcher); it runs unchanged.",
-            type(model).__name__,
-        )
+        kind = type(model).__name__
+        if kind not in _said:
+            _said.add(kind)
+            log.warning(
+                "Attention: a model of type %s cannot be patched (wanted a ComfyUI ModelPatcher); it runs unchanged.",
+                kind,
+            )
         return model
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     override = options.get(OVERRIDE)
     standing = _standing(patched)
-    policy = standing.router.policy if standing else Policy()
+    if standing:
+        policy = standing.router.policy
+    else:
+        policy = override.policy if isinstance(override, Router) else Policy()
     earlier = getattr(override, "earlier", None) if isinstance(override, Router) else override
     doubles, blocks = count_blocks(patched)
     parts = (policy.adding(*rules), kernels(), machine(), LINK, doubles, blocks)

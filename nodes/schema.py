@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..attention.plan import RefusedError, refused_by_machine
 from ..attention.policy import KERNEL_NAMES, BlockRangeError, Rule, parse_blocks
-from ..host.comfyui import Advisor, attach, count_blocks, kernels, machine
+from ..host.comfyui import Advisor, attach, count_blocks, kernels, machine, switched_off
 
 CATEGORY = "attention"
 MODEL_IN = "The model whose attention is routed. It is cloned; the model that comes in stays as it is."
@@ -81,6 +81,8 @@ def add_rules(cls: Any, model: Any, *rules: Rule, advisor: Advisor | None = None
 
     Raises RefusedError, before any sampling, where a rule may not fall through and this machine can never follow it.
     """
+    if switched_off():
+        return io.NodeOutput(model)
     source = str(cls.hidden.unique_id or cls.define_schema().node_id)
     rules = tuple(dataclasses.replace(rule, source=source) for rule in rules)
     device = getattr(model, "load_device", None)
