@@ -24,6 +24,7 @@ from ..attention.kernel import Kernel
 from ..attention.link import HostLink
 from ..attention.machine import Machine, read_machine
 from ..attention.policy import Policy, Rule
+from ..attention.record import Record
 from ..attention.router import Router
 from ..attention.session import Forward, Session
 from ..kernels import KERNELS
@@ -36,7 +37,7 @@ log = logging.getLogger("attune")
 OVERRIDE = "optimized_attention_override"
 _WRAPPER_KEY = "attune"
 _said: set[str] = set()  # kinds of models that the log has spoken of
-Advisor = Callable[[RunInfo, "Attachment", int], list[str]]
+Advisor = Callable[[Record, int], list[str]]
 
 # Launch flags of the host that choose its attention function, as in comfy/cli_args.py (newer ones may be missing).
 _FLAGS = (
@@ -106,6 +107,27 @@ def count_blocks(model: Any) -> tuple[int, int | None]:
     return 0, None
 
 
+def whole_steps(model_sampling: Any, sigmas: Any) -> int:
+    """About how many steps the whole sampling has of which `sigmas` is one stage; 0 where that cannot be told.
+
+    A stage of a two-stage sampler knows only its own slice. Steps lie about evenly in percent, so the share of the
+    percents that the slice covers tells the rest.
+    """
+    if sigmas is None or len(sigmas) < 2:
+        return 0
+
+    def percent(sigma: float) -> float:
+        low, high = 0.0, 1.0  # the noise level falls as the percent grows
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+        return low
+
+    covered = percent(float(sigmas[-1])) - percent(float(sigmas[0]))
+    steps = len(sigmas) - 1
+    return max(steps, round(steps / covered)) if covered > 0 else steps
+
+
 class Attachment:
     """A router on one model, and the run it is in: the two wrappers that the host calls."""
 
@@ -129,7 +151,6 @@ class Attachment:
             **about,
         )
         sigmas = args[3] if len(args) > 3 else kwargs.get("sigmas")
-        steps = max(len(sigmas) - 1, 0) if sigmas is not None else 0
         before, self.session = self.session, session
         try:
             with trampoline.installed(host_attention):
@@ -144,10 +165,11 @@ class Attachment:
             raise
         finally:
             self.session = before
-            self._close(run, steps)
+            self._close(run, executor.class_obj, sigmas)
 
-    def _close(self, run: RunInfo, steps: int) -> None:
+    def _close(self, run: RunInfo, guider: Any, sigmas: Any) -> None:
         try:
+            steps = whole_steps(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             record = run.record
             if record.shadowed:
                 record.note(f"another pack's attention override kept {record.shadowed} calls; rules do not reach them")
@@ -161,7 +183,7 @@ class Attachment:
                     _said.add(run.model)
                     log.info("Attention: %s", text)
             for source, advisor in self.advisors.items():
-                run.advice[source] = advisor(run, self, steps)
+                run.advice[source] = advisor(run.record, steps)
             send_run(run)
         except Exception:  # the account of a run must never cost the run
             log.exception("The record of a sampling run could not be completed")
@@ -210,10 +232,8 @@ def attach(model: Any, *rules: Rule, node_type: str = "", advisor: Advisor | Non
     options = patched.model_options.setdefault("transformer_options", {})
     override = options.get(OVERRIDE)
     standing = _standing(patched)
-    if standing:
-        policy = standing.router.policy
-    else:
-        policy = override.policy if isinstance(override, Router) else Policy()
+    before = override if isinstance(override, Router) else standing.router if standing else None
+    policy = before.policy if before else Policy()
     earlier = getattr(override, "earlier", None) if isinstance(override, Router) else override
     doubles, blocks = count_blocks(patched)
     parts = (policy.adding(*rules), kernels(), machine(), LINK, doubles, blocks)

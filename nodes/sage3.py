@@ -7,24 +7,23 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.policy import BlockRange, Rule
+from ..attention.record import Record
 from ..host.comfyui import count_blocks
 from .schema import CATEGORY, Schema, add_rules, model_inputs, model_outputs, widget
 
 # SageAttention 3 is slower than SDPA below about a thousand tokens (its own repository's plots; docs/kernels.md).
 _SHORT_TOKENS = 1024
-_FEW_STEPS = 20
+_FEW_STEPS = 16  # it is meant for 20; the number of a two-stage run is an estimate
 
 
-def advice(run: Any, _attachment: Any, steps: int) -> list[str]:
-    """What to tell the user about this run: is Sage3 worth having at all?"""
+def advice(record: Record, steps: int) -> list[str]:
+    """What to tell the user about this run of about `steps` steps in all: is Sage3 worth having?"""
     lines = []
-    tokens = run.record.longest_self
+    tokens = record.longest_self
     if 0 < tokens < _SHORT_TOKENS:
         lines.append(f"Sage3 is not worth it here: {tokens:,} tokens, it gains from about {_SHORT_TOKENS:,}.")
     if 0 < steps < _FEW_STEPS:
-        lines.append(
-            f"Sage3 is not worth it for {steps} steps (4-step LoRAs included): it is meant for {_FEW_STEPS} or more."
-        )
+        lines.append(f"Sage3 is not worth it for {steps} steps: it is meant for 20 or more, without a 4-step LoRA.")
     return lines
 
 

@@ -84,8 +84,13 @@ def test_what_cannot_run_falls_back_says_why_and_the_video_is_right(server, clea
     data = nodes_of(result)["20"]
     assert data["observed"] == {"host": 8} and data["requested"] == "sage3"
     assert "package sageattn3 is not installed" in data["text"] and "needs a cuda device, this is cpu" in data["text"]
-    assert "not worth it" in data["text"] and "2 steps" in data["text"]
+    assert "32 tokens" in data["text"] and "not worth it for 4 steps" in data["text"]
     assert torch.equal(latent(result), clean)
+
+
+def test_a_stage_of_a_long_run_is_not_called_short(server):
+    result = server.run(two_stage(on_both(lambda p, m, key: switch(p, m, key)), steps=20, split=10))
+    assert all("steps" not in data["text"] for data in nodes_of(result).values())
 
 
 def test_a_selector_under_a_refused_switch_decides(server):
