@@ -77,7 +77,7 @@ class AttentionCall:
 
     @property
     def score_bytes(self) -> int:
-        """Size in bytes of the (B, H, N, M) score tensor in float32, which no kernel here ever allocates."""
+        """Size in bytes of the (B, H, N, M) score tensor in float32, which only `sdpa_math` and `basic` allocate."""
         return 4 * self.batch * self.heads * self.q_len * self.kv_len
 
 

@@ -21,15 +21,11 @@ from ._common import (
     HALF,
     as_bias,
     capability,
-    counts,
-    lse_bytes,
-    mask_count,
     needs_nvidia,
-    padded_bytes,
     parse_version,
     upright,
-    upright_bytes,
 )
+from ._sdpa_memory import any_bytes, fused, fused_bytes, math_bytes
 
 # The grid of the CUDA kernels has the batch in a dimension of 16 bits; the host splits at the same number.
 _MOST_BATCHES = 2**15
@@ -40,13 +36,6 @@ _URL = "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scale
 
 def _is_cuda(call: AttentionCall) -> bool:
     return call.device.partition(":")[0] == "cuda"
-
-
-def _fused(dtype: torch.dtype, dim: int, v_dim: int, masked: bool, grouped: bool, flash: bool = True) -> bool:
-    """Does a back end of torch on CUDA take this without writing the scores out? `flash` False: none of Flash's."""
-    if flash and dtype in HALF and dim == v_dim <= 256 and not masked:
-        return True
-    return not grouped and dim % 8 == 0 and v_dim % 8 == 0
 
 
 def _prepared_mask(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -77,7 +66,7 @@ def _attend(
     options = {}
     if k.shape[1] != q.shape[1]:
         flash = (capability(q) or (8, 0)) >= (8, 0)
-        if repeat and q.is_cuda and not _fused(q.dtype, q.shape[3], v.shape[3], mask is not None, True, flash):
+        if repeat and q.is_cuda and not fused(q.dtype, q.shape[3], v.shape[3], mask is not None, True, flash):
             # Grouped queries with a mask have no fused back end. Repeated keys are far smaller than scores.
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         else:
@@ -167,32 +156,6 @@ def _few_kv_heads(call: AttentionCall, machine: Machine) -> str | None:
     return f"PyTorch {machine.torch} on sm_100 gives wrong numbers below 8 key heads, this has {call.kv_heads}"
 
 
-def _fused_bytes(call: AttentionCall) -> int:
-    copied = mask_count(call) * call.dtype.itemsize
-    return lse_bytes(call) + copied + upright_bytes(call) + padded_bytes(call, -(-call.head_dim // 8) * 8)
-
-
-def _math_bytes(call: AttentionCall) -> int:
-    # Everything in float32, keys and values once per query head; scores and weights side by side.
-    q, k, v, out = counts(call)
-    repeats = call.heads // call.kv_heads
-    return 2 * call.score_bytes + 4 * (q + (k + v) * repeats + out) + upright_bytes(call)
-
-
-def _any_bytes(call: AttentionCall) -> int:
-    kind = call.device.partition(":")[0]
-    grouped = call.kv_heads != call.heads
-    if kind == "cuda":
-        fused = _fused(call.dtype, call.head_dim, call.v_dim, call.mask is not None, grouped)
-        if grouped and not fused and call.head_dim % 8 == 0 and call.v_dim % 8 == 0:
-            repeated = sum(counts(call)[1:3]) * call.heads // call.kv_heads * call.dtype.itemsize
-            return _fused_bytes(call) + repeated
-        return _fused_bytes(call) if fused else _math_bytes(call)
-    if kind == "cpu" and call.head_dim != call.v_dim:
-        return _math_bytes(call)
-    return _fused_bytes(call)
-
-
 def _kernel(
     name: str, title: str, load: Callable[[], Run], needs: Needs, memory: Callable[[AttentionCall], int]
 ) -> Kernel:
@@ -223,7 +186,7 @@ KERNELS = (
             gqa=True,
             other_v_dim=True,
         ),
-        _any_bytes,
+        any_bytes,
     ),
     _kernel(
         "sdpa_flash",
@@ -242,7 +205,7 @@ KERNELS = (
                 _cuda_only("needs a head dimension of at most 256 on CUDA", lambda call: call.head_dim > 256),
             ),
         ),
-        _fused_bytes,
+        fused_bytes,
     ),
     _kernel(
         "sdpa_efficient",
@@ -256,7 +219,7 @@ KERNELS = (
             other_v_dim=True,
             call_rules=(_v_dim_by_8,),
         ),
-        _fused_bytes,
+        fused_bytes,
     ),
     _kernel(
         "sdpa_cudnn",
@@ -271,7 +234,7 @@ KERNELS = (
             machine_rules=(needs_nvidia, _no_cudnn_plans),
             call_rules=(_few_kv_heads,),
         ),
-        _fused_bytes,
+        fused_bytes,
     ),
     _kernel(
         "sdpa_math",
@@ -285,6 +248,6 @@ KERNELS = (
             gqa=True,
             other_v_dim=True,
         ),
-        _math_bytes,
+        math_bytes,
     ),
 )

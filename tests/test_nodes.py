@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comfyui_attune.attention.policy import KERNEL_NAMES
+from support.loading import ROOT
 from support.prompts import latent, node, rule, selector, switch, two_stage
 from support.server import PromptFailedError, PromptRejectedError
 
@@ -261,3 +262,26 @@ def test_one_model_in_two_samplers_and_twice_patched(server):
     prompt = two_stage(patch)
     result = server.run(prompt)
     assert [run["observed"] for run in result.runs] == [{"split": 8}, {"basic": 8}]
+
+
+@pytest.mark.parametrize("pack", ["aa_kj_nodes", "zz_kj_nodes"])
+def test_a_node_of_another_pack_is_never_replaced(make_server, pack):
+    """Whether that pack is loaded before ours or after it."""
+    server = make_server(packs=[ROOT / "tests" / "fixture_packs" / pack])
+    try:
+        info = server.object_info()
+        assert info["PathchSageAttentionKJ"]["category"] == "another pack"
+        assert info["PatchFlashAttentionKJ"]["category"] == "attention"
+    finally:
+        server.stop()
+
+
+def test_attune_off_makes_the_nodes_pass_models_through(make_server, clean):
+    server = make_server(env={"ATTUNE": "off"})
+    try:
+        strict = on_both(lambda p, m, key: selector(p, m, key, "sage3", when_unavailable="error"))
+        result = server.run(two_stage(strict))
+        assert result.runs == []
+        assert torch.equal(latent(result), clean)
+    finally:
+        server.stop()

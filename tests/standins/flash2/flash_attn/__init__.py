@@ -1,0 +1,5 @@
+"""Stand-in for flash-attn 2.8.3."""
+
+__version__ = "2.8.3.post2"
+
+from .flash_attn_interface import flash_attn_func as flash_attn_func

@@ -1,0 +1,3 @@
+"""Stand-in for xformers 0.0.35."""
+
+__version__ = "0.0.35"
