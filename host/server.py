@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from .runs import RUNS, RunInfo
@@ -61,12 +62,20 @@ def send_run(run: RunInfo) -> None:
         server.send_sync(EVENT, run.as_dict(), run.client_id)
 
 
-def add_routes() -> None:
-    """`GET /attune/runs`: the last runs as JSON, for a browser that was not there when they ended."""
+def add_routes(list_kernels: Callable[[], list[dict[str, Any]]]) -> None:
+    """The pack's read-only routes.
+
+    `GET /attune/runs`: the last runs, for a browser that was not there when they ended. `GET /attune/kernels`: every
+    kernel in this ComfyUI, and whether it can run here.
+    """
     server = _server()
     if server is None or not hasattr(server, "routes"):
         return
     from aiohttp import web
+
+    @server.routes.get("/attune/kernels")
+    async def kernels(_request: web.Request) -> web.Response:
+        return web.json_response({"kernels": list_kernels()})
 
     @server.routes.get("/attune/runs")
     async def runs(_request: web.Request) -> web.Response:

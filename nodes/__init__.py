@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..attention.listing import kernel_rows
+from ..host.comfyui import kernels, machine
 from ..host.server import add_routes
 from .aliases import PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
 from .rule import AttentionRule
@@ -90,7 +92,7 @@ async def _register_replacements() -> None:
 class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
-            add_routes()
+            add_routes(lambda: kernel_rows(kernels(), machine()))
             await _register_replacements()
         except Exception:  # the nodes work without either
             log.exception("The pack's routes or node replacements could not be registered")

@@ -36,7 +36,20 @@ ALLOWED = {
     "nodes": {"attention", "host", "nodes"},
 }
 # Inside attention/, imports run one way.
-ORDER = ["call", "machine", "kernel", "policy", "plan", "record", "link", "session", "compiled", "router", "chained"]
+ORDER = [
+    "call",
+    "machine",
+    "kernel",
+    "listing",
+    "policy",
+    "plan",
+    "record",
+    "link",
+    "session",
+    "compiled",
+    "router",
+    "chained",
+]
 
 
 def modules(folder: str) -> list[Path]:

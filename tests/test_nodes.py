@@ -244,6 +244,12 @@ def test_nodes_of_other_packs_mean_the_same_here(server, clean, class_type, inpu
     assert torch.equal(latent(result), clean)
 
 
+def test_the_server_lists_the_kernels_as_they_are_in_it(server):
+    rows = {row["name"]: row for row in server.get("/attune/kernels")["kernels"]}
+    assert rows["sub_quad"]["status"] == rows["split"]["status"] == "available"
+    assert rows["sage3"]["status"] == "not installed" and rows["sage3"]["reasons"]
+
+
 def test_swap_nodes_is_offered_with_mappings_that_our_schemas_accept(server):
     offered = server.get("/node_replacements")
     for old, inputs in OLD.items():

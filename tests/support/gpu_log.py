@@ -26,12 +26,12 @@ def page(gpu_tests: list[str], runs: dict[str, list[dict]]) -> str:
     lines = [
         "# What no GPU has run",
         "",
-        "Made by `python3 dev.py test --unmeasured` from the tests marked `gpu` and from `docs/gpu-runs.json`; do not "
-        "edit it. A test leaves this list when it has passed on a GPU (`ATTUNE_RECORD_GPU=1 python3 dev.py test -m gpu` "
-        "there, then commit `docs/gpu-runs.json`).",
+        "Made by `python3 dev.py test --unmeasured` from the tests marked `gpu` and from `docs/gpu-runs.json`; do not",
+        "edit it. A test leaves this list when it has passed on a GPU: run",
+        "`ATTUNE_RECORD_GPU=1 python3 dev.py test -m gpu` there, then commit `docs/gpu-runs.json` and this page.",
         "",
-        f"{len(never)} of {len(gpu_tests)} GPU tests have never run anywhere. Until they have, what the pack says about "
-        "those kernels on a GPU comes from their sources and documentation, and from stand-ins with the same signatures "
+        f"{len(never)} of {len(gpu_tests)} GPU tests have never run anywhere. Until they have, what the pack says",
+        "about those kernels on a GPU comes from their sources, and from stand-ins with the same signatures",
         "that run on the CPU.",
         "",
         *(f"- `{test}`" for test in never),
