@@ -1,0 +1,138 @@
+"""The demo of dev.py: its server, what it prints, and the whole of it."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from attune_devtools import demo, host, report, say
+from attune_devtools.shrink import shrink
+from support.dev import dev
+from support.loading import ROOT
+
+# The server
+
+
+def test_the_server_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "main.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(120)\n", "utf-8")
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "devtools" / "run_host.py"), str(tmp_path / "main.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdout.readline().strip() == b"up"
+    server.stdin.close()
+    assert server.wait(timeout=20) == 0
+    server.stdout.close()
+
+
+def test_a_server_that_dies_at_start_is_said_with_its_last_words(tmp_path):
+    (tmp_path / "main.py").write_text("raise SystemExit('no such device')", "utf-8")
+    with pytest.raises(say.Stop, match=r"exit code 1; its last words: no such device .*server\.log"):
+        host.Host(sys.executable, tmp_path, tmp_path).start()
+
+
+# What it prints
+
+
+def test_a_bar_prints_tenths_when_there_is_no_terminal():
+    out = io.StringIO()
+    bar = say.Bar("torch", out)
+    for done in range(101):
+        bar.show(done, 100, "MB")
+    bar.close()
+    assert len(out.getvalue().splitlines()) == 11
+    assert out.getvalue().splitlines()[-1].split() == ["100%", "torch,", "100", "of", "100", "MB"]
+
+
+def test_a_bar_stays_on_one_line_of_a_terminal(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 20)))
+    bar = say.Bar("a label that is much longer than the terminal is wide, truly", out)
+    bar.show(1, 2)
+    bar.show(2, 2)
+    bar.close()
+    assert out.getvalue().count("\n") == 1
+    assert all(len(part.rstrip("\n")) < 60 for part in out.getvalue().split("\r"))
+
+
+TWO_STAGES = {
+    "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors"}},
+    "2": {"class_type": "AttentionSelector", "inputs": {"model": ["1", 0], "kernel": "sage3"}},
+    "3": {"class_type": "WanImageToVideo", "inputs": {"width": 640, "height": ["4", 0], "length": 81, "steps": "x"}},
+    "4": {"class_type": "PrimitiveInt", "inputs": {"value": 480}},
+    "5": {
+        "class_type": "KSamplerAdvanced",
+        "inputs": {"model": ["2", 0], "steps": 20, "start_at_step": 10, "end_at_step": 10000},
+    },
+}
+
+
+def test_the_prompt_is_lowered_where_its_numbers_stand():
+    small, said = shrink(TWO_STAGES, size=64, length=5, steps=2)
+    assert small["3"]["inputs"] == {"width": 64, "height": ["4", 0], "length": 5, "steps": "x"}
+    assert small["4"]["inputs"]["value"] == 64
+    assert small["5"]["inputs"] == {"model": ["2", 0], "steps": 4, "start_at_step": 2, "end_at_step": 10000}
+    assert "length 81 -> 5 (node 3)" in said
+    assert TWO_STAGES["3"]["inputs"]["width"] == 640
+
+
+def test_a_branch_is_named_after_the_model_that_feeds_its_sampler():
+    assert report.branch(TWO_STAGES, "5") == "high noise"
+    assert report.branch(TWO_STAGES, "4") == "sampler 4"
+
+
+def test_the_report_says_what_ran_and_why_not_what_was_asked_for(capsys):
+    node = {
+        "node_type": "AttentionSelector",
+        "requested": "sage3",
+        "observed": {"sdpa": 16},
+        "refused": [{"kernel": "sage3", "reasons": ["needs CUDA, found cpu"], "calls": 16}],
+    }
+    run = {"sampler_node": "5", "model": "WAN21", "forwards": 4, "status": "finished", "observed": {"sdpa": 16}}
+    report.calls([{**run, "nodes": {"2": node}, "notes": ["a note"]}], TWO_STAGES)
+    said = capsys.readouterr().out
+    for words in ("high noise: sdpa x16", "asked for sage3: sdpa x16", "not sage3 (16 calls): needs CUDA", "a note"):
+        assert words in said
+
+
+def test_a_run_without_a_video_is_an_error(tmp_path):
+    with pytest.raises(say.Stop, match="wrote no video"):
+        report.video({"outputs": {"9": {"images": [{"type": "output", "subfolder": "", "filename": "a"}]}}}, tmp_path)
+
+
+# The whole
+
+
+def test_the_pack_loads_from_a_path_with_a_space_and_letters_beyond_ascii(make_server):
+    server = make_server(folder="My packs ä é 包 - ")
+    try:
+        assert "AttentionSelector" in server.object_info(), server.output()
+        assert server.get("/attune/runs") == {"runs": []}
+    finally:
+        server.stop()
+
+
+def test_the_demo_runs_the_main_workflow_to_a_video(comfyui_folder, models):
+    started = time.monotonic()
+    process = dev(ROOT, "demo", COMFYUI_PATH=str(comfyui_folder))
+    lines = process.stdout.splitlines()
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert lines[-1] == "demo: ok"
+    for words in ("==> Machine", "==> Kernels on this machine", "high noise: ", "low noise: ", ".mp4"):
+        assert any(words in line for line in lines), process.stdout
+    assert time.monotonic() - started < 40
+
+
+def test_a_demo_without_records_of_the_pack_fails(comfyui_folder, models, tmp_path):
+    server = host.Host(sys.executable, comfyui_folder, tmp_path, ["--cpu", "--disable-all-custom-nodes"])
+    try:
+        server.start()
+        with pytest.raises(say.Stop, match=r"GET /attune/runs answered 404: the pack did not load"):
+            demo._runs(server, "any")
+    finally:
+        server.stop()
