@@ -23,6 +23,7 @@ from support.server import Server  # noqa: E402
 
 pytest_plugins = ["support.gpu_log"]
 
+pytest_plugins = ["support.gpu_log"]
 IN_CI = bool(os.environ.get("CI"))
 NEEDS_COMFYUI = {"comfyui_folder", "models", "server", "make_server", "comfy", "browser", "page", "open_page"}
 NEEDS_BROWSER = {"browser", "page", "open_page"}
