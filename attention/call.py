@@ -49,7 +49,8 @@ class AttentionCall:
     promotes them to, and `mixed_dtypes` is set. `device` is "cpu", "cuda:0", … . `scale` None means 1/sqrt(D).
     `fp32_scores` says that the model asked for scores in float32 although its tensors are narrower. `kind` is told
     by the lengths, as the host does not say: "self" where N = M. `block` counts from 0 through the whole model,
-    `blocks` is their number; both are None where the model does not tell. `unknown` names arguments that this pack
+    `blocks` is their number; both are None where the model does not tell. `gradient` says that a backward pass may
+    follow. `unknown` names arguments that this pack
     does not know: they may change the mathematics, so no kernel takes such a call.
     """
 
@@ -69,6 +70,7 @@ class AttentionCall:
     mixed_dtypes: bool = False
     block: int | None = None
     blocks: int | None = None
+    gradient: bool = False
     unknown: tuple[str, ...] = ()
 
     @property
@@ -145,6 +147,7 @@ def describe(
     lossy_allowed: bool = True,
     block: int | None = None,
     blocks: int | None = None,
+    gradient: bool = False,
     unknown: tuple[str, ...] = (),
 ) -> AttentionCall:
     """Describe one call of the host's `attention(q, k, v, heads, …)`.
@@ -199,6 +202,7 @@ def describe(
         mixed_dtypes=not (q.dtype == k.dtype == v.dtype),
         block=block,
         blocks=blocks,
+        gradient=gradient,
         unknown=unknown,
     )
 

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from .link import HostFunction
 from .router import Router
-from .session import CURRENT
+from .session import CURRENT, Forward
 
 
 class ChainedRouter(Router):
@@ -26,16 +26,28 @@ class ChainedRouter(Router):
 
     def __call__(self, func: HostFunction, *args: Any, **kwargs: Any) -> torch.Tensor:
         reached = False
+        forward: Forward | None = None
 
         def routed(*inner: Any, **options: Any) -> torch.Tensor:
             nonlocal reached
             reached = True
-            return self.route(func, *inner, **options)
+            if is_compiling():
+                return self.route(func, *inner, **options)
+            token = CURRENT.set(forward)
+            try:
+                return self.route(func, *inner, **options)
+            finally:
+                CURRENT.reset(token)
 
         routed.__name__ = func.__name__
-        out = self.earlier(routed, *args, **kwargs)
-        if not reached and not is_compiling():
-            forward = CURRENT.get()
-            if forward is not None:
-                forward.shadowed += 1
+        if is_compiling():
+            return self.earlier(routed, *args, **kwargs)
+        forward = CURRENT.get()
+        token = CURRENT.set(None)  # what it calls of the host by itself is its own business
+        try:
+            out = self.earlier(routed, *args, **kwargs)
+        finally:
+            CURRENT.reset(token)
+        if not reached and forward is not None:
+            forward.shadowed += 1
         return out

@@ -8,6 +8,7 @@ host's own function, to the bit.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -15,19 +16,21 @@ import torch
 from .link import HostFunction
 from .session import CURRENT
 
-# The namespace holds this module's name: two copies of the pack in one process must not define one operator twice.
-_NAMESPACE = "attune_" + "".join(c if c.isalnum() else "_" for c in __name__)
+# The namespace is this module's own: two copies of the pack in one process must not define one operator twice. Inside
+# ComfyUI the name is a path, with any letters in it.
+_NAMESPACE = "attune_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, bool skip_reshape, bool skip_output_reshape, "
     "bool fp32_scores, float? scale, bool enable_gqa, bool low_precision, str func, int block, str block_type, "
-    "int blocks) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "int blocks, bool bare) -> Tensor",
+    # In a CUDA graph the decision would be frozen after all: torch keeps operators with this tag out of them.
+    tags=tuple(
+        getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+    ),
 )
 _UNKNOWN = -1
-
-# The host's own functions by name, filled by host/: an operator's arguments cannot hold a function.
-host_functions: dict[str, HostFunction] = {}
+INNER = "__attune_inner__"  # where a function of ours that stands in a host function's place keeps that function
 
 
 def plain_attention(
@@ -54,6 +57,10 @@ def plain_attention(
     return out if skip_output_reshape else out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
 
 
+# The host's own functions by name, filled by host/: an operator's arguments cannot hold a function.
+host_functions: dict[str, HostFunction] = {"plain_attention": plain_attention}
+
+
 def _run(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -70,6 +77,7 @@ def _run(
     block: int,
     block_type: str,
     blocks: int,
+    bare: bool,
 ) -> torch.Tensor:
     options: dict[str, Any] = {}
     if block != _UNKNOWN:
@@ -84,9 +92,10 @@ def _run(
         kwargs["enable_gqa"] = True
     if not low_precision:
         kwargs["low_precision_attention"] = False
-    function = host_functions.get(func, plain_attention)
+    function = host_functions[func]
     forward = CURRENT.get()
-    attend = function if forward is None else forward.router.bound(function)
+    routed = forward is not None and (forward.takes_bare_calls or not bare)
+    attend = forward.router.bound(function) if forward is not None and routed else function
     precision = torch.float32 if fp32_scores else None
     out = attend(q, k, v, heads, mask, precision, skip_reshape, skip_output_reshape, **kwargs)
     # The graph was promised a fresh contiguous tensor.
@@ -130,16 +139,24 @@ def traced_attention(
     attn_precision: torch.dtype | None = None,
     skip_reshape: bool = False,
     skip_output_reshape: bool = False,
+    *,
+    bare: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
     """What `Router.__call__` becomes while a graph is traced. Same arguments, same meaning.
 
-    A call with an argument that the operator cannot carry goes to the host's function, as every kernel refuses it.
+    `bare` says that the call did not come through the model's override. A call that the operator cannot carry goes to
+    `func`: one with an argument it has no place for, one that wants gradients, one of another pack's function.
     """
-    if not _CARRIED.issuperset(kwargs):
+    name = func.__name__
+    carried = _CARRIED.issuperset(kwargs) and host_functions.get(name) is getattr(func, INNER, func)
+    if not carried or (q.requires_grad and torch.is_grad_enabled()):
         return func(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs)
     options = kwargs.get("transformer_options") or {}
     index = options.get("transformer_index")
+    if index is None:
+        index = options.get("block_index")
+    blocks = options.get("total_blocks")
     return _OPERATOR(  # type: ignore[no-any-return]
         q,
         k,
@@ -152,8 +169,9 @@ def traced_attention(
         kwargs.get("scale"),
         bool(kwargs.get("enable_gqa", False)),
         kwargs.get("low_precision_attention", True) is not False,
-        func.__name__,
-        options.get("block_index", _UNKNOWN) if index is None else index,
-        options.get("block_type", ""),
-        options.get("total_blocks", _UNKNOWN),
+        name,
+        _UNKNOWN if index is None else index,
+        options.get("block_type") or "",
+        _UNKNOWN if blocks is None else blocks,
+        bare,
     )

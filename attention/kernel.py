@@ -140,6 +140,8 @@ def call_reasons(kernel: Kernel, call: AttentionCall, machine: Machine) -> tuple
     reasons = []
     if call.unknown:
         reasons.append(f"the call has arguments this pack does not know: {', '.join(call.unknown)}")
+    if call.gradient:
+        reasons.append("has no backward pass here, and the call asks for gradients")
     if call.dtype not in needs.dtypes:
         wanted = ", ".join(sorted(map(_dtype_text, needs.dtypes)))
         mixed = " (q, k and v differ and are computed in it)" if call.mixed_dtypes else ""

@@ -12,7 +12,8 @@ HostFunction = Callable[..., torch.Tensor]
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Is this a failed allocation, as torch reports it on CUDA, on the CPU and in older versions?"""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    out_of_memory = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError  # by that name from 2.5 on
+    if isinstance(error, (out_of_memory, MemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

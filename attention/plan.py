@@ -11,6 +11,10 @@ from .machine import Machine, first_choices
 from .policy import FAMILIES, Rule
 
 HOST = "host"
+DENSE = "is lossy, and a later node asks for exact attention here"
+OWN_DENSE = "is lossy, and this node keeps these calls exact"
+# The host's own attention functions that are exact, by the names of `Machine.host_attention`; "": no host.
+_EXACT_HOSTS = frozenset({"", "pytorch", "sub_quad", "split", "basic", "xformers", "flash"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,8 @@ def _reasons(
     return reasons
 
 
-def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) -> Iterator[tuple[int, str, str, bool]]:
-    """(index of the rule or -1, wish, kernel name, exact only) in the order in which they are asked.
+def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) -> Iterator[tuple[int, str, str, int]]:
+    """(index of the rule or -1, wish, kernel name, index of the dense rule above or -1), in the order of asking.
 
     Matching rules, last first; below a dense rule only exact kernels count, and its own come after the others'.
     """
@@ -105,12 +109,13 @@ def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) ->
             continue
         for wish in rule.kernels:
             for name in expand(wish, machine, call.device):
-                if not (dense and name == HOST != wish):  # where `auto` ends, the dense rule's own kernels begin
-                    yield index, wish, name, bool(dense)
+                # Where `auto` ends, the dense rule's own kernels begin; and the host itself may be lossy.
+                if name != HOST or not dense or (wish == HOST and machine.host_attention in _EXACT_HOSTS):
+                    yield index, wish, name, dense[0] if dense else -1
     for index in dense:
         for wish in rules[index].kernels:
-            yield index, wish, wish, False
-    yield -1, HOST, HOST, False
+            yield index, wish, wish, -1
+    yield -1, HOST, HOST, -1
 
 
 def make_plan(
@@ -125,19 +130,21 @@ def make_plan(
 
     `kernels` is what this pack knows, by name. `demoted` gives a reason for each kernel that may not be used for this
     call although it could (it raised, it was wrong), `free_bytes` is what may still be allocated. Raises
-    RefusedError where a rule that may not fall through cannot be followed. Pure: the same arguments give the same plan.
+    RefusedError where a rule that may not fall through cannot be followed; a rule that only a dense rule keeps from
+    its kernels does not count as such. Pure: the same arguments give the same plan.
     """
     decisions: list[Decision] = []
     of_rule: list[Decision] = []
-    current = -1
-    for index, wish, name, exact_only in _candidates(call, rules, machine):
+    current, kept_exact = -1, False
+    for index, wish, name, dense in _candidates(call, rules, machine):
         if index != current:
-            if of_rule and rules[current].on_refusal == "error":
+            if of_rule and not kept_exact and rules[current].on_refusal == "error":
                 raise RefusedError(of_rule, call)
-            current, of_rule = index, []
+            current, of_rule, kept_exact = index, [], False
         reasons = _reasons(name, kernels, machine, demoted or {}, call, None, free_bytes)
-        if exact_only and name in kernels and not kernels[name].exact:
-            reasons += ("is lossy, and a later node asks for exact attention here",)
+        if dense >= 0 and name in kernels and not kernels[name].exact:
+            kept_exact = True
+            reasons += (OWN_DENSE if rules[dense].source == rules[index].source else DENSE,)
         decision = Decision(name, wish, rules[index].source if index >= 0 else "", reasons)
         decisions.append(decision)
         of_rule.append(decision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -47,6 +48,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "sage": ("sage2_fp8_cuda_pp", "sage2_fp8_cuda", "sage2_fp16_cuda", "sage2_fp16_triton", "sage1"),
 }
 
+
+def _float32(number: float) -> float:
+    """The nearest float32: the host compares a float32 tensor with its limits, which rounds them."""
+    return float(struct.unpack("f", struct.pack("f", float(number)))[0])
+
+
 OnRefusal = Literal["fall_through", "error"]
 
 
@@ -74,6 +81,10 @@ class BlockRange:
             return None
         size = blocks or 0
         return (self.first + size if self.first < 0 else self.first), (self.last + size if self.last < 0 else self.last)
+
+    def unknown_to(self, call: AttentionCall) -> bool:
+        """True where the model does not tell enough to say whether `call` lies in this range."""
+        return call.block is None or self.resolve(call.blocks) is None
 
     def holds(self, block: int | None, blocks: int | None) -> bool:
         bounds = self.resolve(blocks)
@@ -143,8 +154,12 @@ class Rule:
         return (
             call.q_len >= self.min_tokens
             and (self.kind is None or self.kind == call.kind)
-            and (self.blocks is None or self.blocks.holds(call.block, call.blocks))
+            and (self.blocks is None or self._in_blocks(self.blocks, call))
         )
+
+    def _in_blocks(self, blocks: BlockRange, call: AttentionCall) -> bool:
+        # Where nobody can tell the block, an exact part is exact everywhere: better slow than wrong.
+        return self.exact_only if blocks.unknown_to(call) else blocks.holds(call.block, call.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +179,16 @@ class Policy:
         """Indices of the rules in force at noise level `sigma`.
 
         `percent_to_sigma` maps 0…1 to a noise level, falling, as ComfyUI's `model_sampling.percent_to_sigma`. Both
-        ends are included, as in ComfyUI's own nodes.
+        ends are included and numbers are compared in float32, as in ComfyUI's own nodes.
         """
+        sigma = _float32(sigma)
         return frozenset(
             index
             for index, rule in enumerate(self.rules)
             if rule.always
-            or float(percent_to_sigma(rule.to_percent / 100))
+            or _float32(percent_to_sigma(rule.to_percent / 100))
             <= sigma
-            <= float(percent_to_sigma(rule.from_percent / 100))
+            <= _float32(percent_to_sigma(rule.from_percent / 100))
         )
 
     @property

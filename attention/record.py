@@ -7,12 +7,12 @@ kernel's own function returned.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .plan import Decision
+from .plan import OWN_DENSE, Decision
 from .policy import Policy
 
 Trail = tuple[Decision, ...]
@@ -33,7 +33,7 @@ class NodeRecord:
     def text(self) -> str:
         """One or a few short lines for the node's face."""
         if not self.calls:
-            return "no attention call reached this node's rule"
+            return "no attention call came to this rule: none matched it, or a later node decided them all"
         lines = [", ".join(f"{name} ×{count}" for name, count in self.observed.most_common())]
         automatic = self.requested.startswith("auto")
         for (kernel, reasons), count in sorted(self.refused.items(), key=lambda item: -item[1])[:3]:
@@ -55,7 +55,7 @@ class NodeRecord:
 
 
 class Record:
-    """The account of one sampling run. Filled once per forward, from any thread; readable at any time."""
+    """The account of one sampling run. Filled after each forward, from any thread; readable at any time."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -66,10 +66,10 @@ class Record:
         self._notes: dict[str, None] = {}
         self._lock = threading.Lock()
 
-    def add_forward(self, trails: Mapping[Trail, int], shadowed: int = 0) -> None:
-        """Add what one forward pass counted: completed calls per trail, and calls another override kept for itself."""
+    def add(self, trails: Mapping[Trail, int], shadowed: int = 0, forwards: int = 0) -> None:
+        """Add what was counted: completed calls per trail, calls that another override kept, forwards that ended."""
         with self._lock:
-            self.forwards += 1
+            self.forwards += forwards
             self.shadowed += shadowed
             self._trails.update(trails)
 
@@ -98,18 +98,19 @@ class Record:
     def nodes(self) -> dict[str, NodeRecord]:
         """The record of every node that has a rule here, also of one that no call reached."""
         nodes: dict[str, NodeRecord] = {}
+        wishes: defaultdict[str, list[str]] = defaultdict(list)
         for rule in self.policy.rules:
             wish = " / ".join(rule.kernels)
-            if rule.source not in nodes:
-                nodes[rule.source] = NodeRecord(wish)
-            elif wish not in nodes[rule.source].requested and not rule.exact_only:
-                nodes[rule.source].requested += f", {wish}"
+            node = nodes.setdefault(rule.source, NodeRecord(""))
+            if not rule.exact_only and wish not in wishes[rule.source]:
+                wishes[rule.source].append(wish)
+                node.requested = ", ".join(wishes[rule.source])
         for trail, count in self.trails().items():
             for source in {decision.source for decision in trail} & nodes.keys():
                 node = nodes[source]
                 node.observed[trail[-1].kernel] += count
                 for decision in trail:
-                    if decision.source == source and not decision.accepted:
+                    if decision.source == source and not decision.accepted and OWN_DENSE not in decision.reasons:
                         refusal = (decision.kernel, decision.reasons)
                         node.refused[refusal] = node.refused.get(refusal, 0) + count
         return nodes

@@ -1,4 +1,7 @@
-"""The state of one sampling run, and which run the current thread is in."""
+"""The state of one sampling run (Session), of one forward pass in it (Forward), and which one a thread is in.
+
+A Route is a plan made ready to run; a session keeps one for each kind of call.
+"""
 
 from __future__ import annotations
 
@@ -110,6 +113,7 @@ class Session:
         self.record = Record(router.policy)
         self._routes: dict[frozenset[int], dict[Any, Route]] = {}
         self._demoted: dict[Any, dict[str, str]] = {}
+        self._said: set[Any] = set()
 
     def routes(self, active: frozenset[int]) -> dict[Any, Route]:
         """The routes known so far under these rules, by call key."""
@@ -120,9 +124,16 @@ class Session:
         return self._demoted.get(key, {})
 
     def demote(self, key: Any, kernel: str, reason: str) -> None:
+        """Never plan `kernel` again for calls with this key; what was planned so far is planned anew."""
         self._demoted.setdefault(key, {})[kernel] = reason
         for routes in list(self._routes.values()):
-            routes.pop(key, None)
+            routes.clear()
+
+    def first_time(self, what: Any) -> bool:
+        """True the first time this is asked about `what` in this run."""
+        new = what not in self._said
+        self._said.add(what)
+        return new
 
 
 class Forward:
@@ -151,10 +162,16 @@ class Forward:
     def __exit__(self, *_: object) -> None:
         if self._token is not None:
             CURRENT.reset(self._token)
+        self.flush(forwards=1)
+
+    def flush(self, forwards: int = 0) -> None:
+        """Hand what was counted so far to the record, and how many forwards have ended with it."""
         trails: Counter[Trail] = Counter()
         for route, count in self.counts.items():
             trails[route.trail] += count
-        self.session.record.add_forward(trails, self.shadowed)
+        self.session.record.add(trails, self.shadowed, forwards)
+        self.counts.clear()
+        self.shadowed = 0
 
 
 # The forward pass this thread is in, or None. Set per forward, outside any compiled region.

@@ -10,6 +10,7 @@ medians, the 99th percentiles and their differences, in microseconds. A quiet ma
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import platform
@@ -91,6 +92,8 @@ def measure(calls: int, skip_reshape: bool) -> dict[str, float]:
             routed(), bare()
         ours, theirs = [], []
         clock = time.perf_counter_ns
+        gc.collect()
+        gc.disable()  # as timeit does
         for _ in range(calls):
             start = clock()
             routed()
@@ -98,6 +101,7 @@ def measure(calls: int, skip_reshape: bool) -> dict[str, float]:
             bare()
             ours.append((middle - start) / 1000)
             theirs.append((clock() - middle) / 1000)
+    gc.enable()
     return {
         "routed_median_us": statistics.median(ours),
         "bare_median_us": statistics.median(theirs),

@@ -1,7 +1,6 @@
 """dev.py demo: a Wan 2.2 workflow with tiny models, from its UI file to a video, in a real ComfyUI."""
 
 import json
-import platform
 import subprocess
 import time
 import urllib.error
@@ -36,9 +35,6 @@ def demo(workflow: Path, port: int, serve: bool) -> int:
     names = sorted({name for name in _strings(ui) if name.endswith(".safetensors") and not set(name) & set("/\n ")})
     _script(venv, ROOT / "tests" / "tiny_models.py", folder, CACHE / "models", *names)
     _script(venv, SCRIPTS / "make_inputs.py", base / "input", workflow.absolute())
-    kernels = subprocess.Popen(
-        [str(venv.python), str(ROOT), "kernels", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=base
-    )
     on_cpu = _script(venv, "-c", DEVICE_PROBE).strip() != "True"
     host = Host(venv.python, folder, base, ["--cpu"] if on_cpu else [], port)
     step(f"Starting ComfyUI {'on the CPU ' if on_cpu else ''}at {host.url}")
@@ -51,7 +47,7 @@ def demo(workflow: Path, port: int, serve: bool) -> int:
         history = _run(venv, host, prompt, ui)
         print()
         report.machine(host.get("/system_stats"))
-        report.kernels(_kernels(kernels))
+        report.kernels(host.get("/attune/kernels")["kernels"])
         report.calls(_runs(host, history["prompt"][1]), prompt)
         report.video(history, base)
         if serve:
@@ -60,8 +56,6 @@ def demo(workflow: Path, port: int, serve: bool) -> int:
         if serve:
             _wait_for_the_user(host)
     finally:
-        kernels.kill()
-        kernels.communicate()
         host.stop()
     return 0
 
@@ -149,17 +143,6 @@ def _history(host: Host, prompt_id: str) -> dict:
             break
         time.sleep(0.1)
     raise Stop(f"The run ended without a result; look into {host.log}.")
-
-
-def _kernels(process: subprocess.Popen) -> list[dict]:
-    """What `python <this checkout> kernels --json` printed. Raises Stop."""
-    try:
-        out, err = process.communicate(timeout=120)
-        return json.loads(out)
-    except (subprocess.TimeoutExpired, ValueError):
-        process.kill()
-        last = (process.communicate()[1] or err).decode("utf-8", "replace").strip().splitlines() or ["no output"]
-        raise Stop(f"`{platform.python_implementation().lower()} {ROOT} kernels --json` failed: {last[-1]}") from None
 
 
 def _runs(host: Host, prompt_id: str) -> list[dict]:

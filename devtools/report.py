@@ -21,7 +21,7 @@ def machine(stats: dict) -> None:
 
 
 def kernels(found: list[dict]) -> None:
-    """Each kernel and whether it can run here, with the reasons if not, from `attune kernels --json`."""
+    """Each kernel and whether it can run here, with the reasons if not, from GET /attune/kernels."""
     step("Kernels on this machine")
     for kernel in found:
         reasons = "; ".join(kernel["reasons"])

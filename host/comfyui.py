@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ from .server import prompt_context, send_run
 log = logging.getLogger("attune")
 OVERRIDE = "optimized_attention_override"
 _WRAPPER_KEY = "attune"
+_SESSION = "attune_session"  # in the options of one run, which its threads share
 _said: set[str] = set()  # kinds of models that the log has spoken of
 Advisor = Callable[[Record, int], list[str]]
 
@@ -74,7 +76,13 @@ def kernels() -> dict[str, Kernel]:
 
 def _free_bytes(device: str) -> int | None:
     try:
-        return int(comfy.model_management.get_free_memory(torch.device(device)))
+        here = torch.device(device)
+        free = int(comfy.model_management.get_free_memory(here))
+        memory = sys.modules.get("comfy.memory_management")
+        if getattr(memory, "aimdo_enabled", False) and here.type == "cuda":
+            # Weights that the host would give up under pressure, counted as its own ModelPatcher counts them.
+            free += int(sys.modules["comfy_aimdo.model_vbar"].vbars_analyze(here.index))
+        return free
     except Exception:  # a device the host knows nothing of
         return None
 
@@ -107,27 +115,6 @@ def count_blocks(model: Any) -> tuple[int, int | None]:
     return 0, None
 
 
-def whole_steps(model_sampling: Any, sigmas: Any) -> int:
-    """About how many steps the whole sampling has of which `sigmas` is one stage; 0 where that cannot be told.
-
-    A stage of a two-stage sampler knows only its own slice. Steps lie about evenly in percent, so the share of the
-    percents that the slice covers tells the rest.
-    """
-    if sigmas is None or len(sigmas) < 2:
-        return 0
-
-    def percent(sigma: float) -> float:
-        low, high = 0.0, 1.0  # the noise level falls as the percent grows
-        for _ in range(20):
-            middle = (low + high) / 2
-            low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
-        return low
-
-    covered = percent(float(sigmas[-1])) - percent(float(sigmas[0]))
-    steps = len(sigmas) - 1
-    return max(steps, round(steps / covered)) if covered > 0 else steps
-
-
 class Attachment:
     """A router on one model, and the run it is in: the two wrappers that the host calls."""
 
@@ -135,7 +122,6 @@ class Attachment:
         self.router = router
         self.node_types = node_types
         self.advisors = advisors
-        self.session: Session | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Attachment:
         return self
@@ -143,15 +129,14 @@ class Attachment:
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole sampling run: opens and closes its record, also when it is interrupted."""
         session = Session(self.router)
-        about = prompt_context()
+        options = executor.class_obj.model_options.setdefault("transformer_options", {})  # made for this run
         run = RUNS.open(
             model=type(getattr(getattr(executor.class_obj, "model_patcher", None), "model", None)).__name__,
             record=session.record,
             node_types=self.node_types,
-            **about,
+            **prompt_context(),
         )
-        sigmas = args[3] if len(args) > 3 else kwargs.get("sigmas")
-        before, self.session = self.session, session
+        options[_SESSION] = session
         try:
             with trampoline.installed(host_attention):
                 out = executor(*args, **kwargs)
@@ -164,16 +149,15 @@ class Attachment:
             run.status = "failed"
             raise
         finally:
-            self.session = before
-            self._close(run, executor.class_obj, sigmas)
+            options.pop(_SESSION, None)
+            self._close(run)
 
-    def _close(self, run: RunInfo, guider: Any, sigmas: Any) -> None:
+    def _close(self, run: RunInfo) -> None:
         try:
-            steps = whole_steps(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             record = run.record
             if record.shadowed:
                 record.note(f"another pack's attention override kept {record.shadowed} calls; rules do not reach them")
-            if not record.observed() and record.forwards:
+            elif not record.observed() and record.forwards:
                 text = (
                     f"no attention call of this model ({run.model}) reached the pack: it computes attention in its own "
                     "way, or a later node replaced the override. It ran unchanged."
@@ -182,24 +166,40 @@ class Attachment:
                 if run.model not in _said:
                     _said.add(run.model)
                     log.info("Attention: %s", text)
+            nodes = record.nodes()
             for source, advisor in self.advisors.items():
-                run.advice[source] = advisor(run.record, steps)
+                if nodes[source].calls:
+                    run.advice[source] = advisor(record, run.steps)
             send_run(run)
         except Exception:  # the account of a run must never cost the run
             log.exception("The record of a sampling run could not be completed")
 
     def apply_model(self, executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Around one forward pass: settles which rules are in force and makes the router the current one."""
-        options = kwargs.get("transformer_options", args[3] if len(args) > 3 else None) or {}
         router = self.router
-        session = self.session or router.idle_session
+        given = kwargs.get("transformer_options", args[3] if len(args) > 3 else None) or {}
+        options = dict(given)
+        session = options.pop(_SESSION, None)  # the model and its compiler never see it
+        if not isinstance(session, Session) or session.record.policy is not router.policy:
+            session = router.idle_session
+        if "transformer_options" in kwargs:
+            kwargs["transformer_options"] = options
+        elif len(args) > 3:
+            args = (*args[:3], options, *args[4:])
         active = router.policy.without_percent
         if router.policy.depends_on_percent:
-            # Reads one number from the device: once per forward, and only where a rule asks for it.
-            sigma = float(t.max()) if t.numel() else 0.0
-            active = router.policy.at_sigma(sigma, executor.class_obj.model_sampling.percent_to_sigma)
+            active = self._in_force(executor.class_obj, t, session)
         with Forward(router, session, active, takes_bare_calls=options.get(OVERRIDE) is router):
             return executor(x, t, *args, **kwargs)
+
+    def _in_force(self, model: Any, t: torch.Tensor, session: Session) -> frozenset[int]:
+        """The rules in force at the noise level `t`. Reads one number from the device, once per forward."""
+        policy = self.router.policy
+        try:
+            return policy.at_sigma(float(t.max()), model.model_sampling.percent_to_sigma)
+        except (AttributeError, TypeError, ValueError) as error:
+            session.record.note(f"this model does not tell how far sampling is ({error}): rules by percent do nothing")
+            return policy.without_percent
 
 
 def _standing(model: Any) -> Attachment | None:

@@ -17,8 +17,9 @@ _KEPT = 50
 class RunInfo:
     """One sampling run: where in the host it happened, and its record.
 
-    `workflow_id` is the id of the workflow in the browser tab that queued the prompt, None for API prompts.
-    `node_types` maps node ids to class names, `advice` node ids to sentences about this run.
+    `workflow_id` is the id of the workflow in the browser tab that queued the prompt, None for API prompts. `steps` is
+    that of the whole sampling, 0 if unknown. `node_types` maps node ids to class names, `advice` node ids to sentences
+    about this run.
     """
 
     number: int
@@ -29,6 +30,7 @@ class RunInfo:
     model: str
     record: Record
     node_types: dict[str, str]
+    steps: int = 0
     status: str = "running"
     advice: dict[str, list[str]] = field(default_factory=dict)
 

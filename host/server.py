@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,8 @@ EVENT = "attune.status"
 
 def _server() -> Any:
     """The running PromptServer, or None where ComfyUI is used as a library."""
-    try:
-        from server import PromptServer
-    except ImportError:
-        return None
-    return getattr(PromptServer, "instance", None)
+    module = sys.modules.get("server")  # importing it would start half of ComfyUI where there is no server
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def _executing() -> tuple[str | None, str | None]:
@@ -32,24 +30,38 @@ def _executing() -> tuple[str | None, str | None]:
     return (context.prompt_id, context.node_id) if context else (None, None)
 
 
-def _workflow_id(server: Any, prompt_id: str | None) -> str | None:
-    """The id of the workflow that the running prompt came from; the browser puts it into the prompt's metadata."""
+def _running(server: Any, prompt_id: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(API prompt, what came along with it) of the prompt that is being executed; both empty where it is not found."""
     for item in list(server.prompt_queue.currently_running.values()):
         if item[1] == prompt_id:
-            workflow = (item[3].get("extra_pnginfo") or {}).get("workflow") or {}
-            return workflow.get("id")
-    return None
+            return item[2], item[3]
+    return {}, {}
+
+
+def _number(prompt: dict[str, Any], value: Any) -> int:
+    """An input that is a number, or is linked to a node that holds one as `value`; 0 where neither is so."""
+    if isinstance(value, list) and value and str(value[0]) in prompt:
+        value = prompt[str(value[0])].get("inputs", {}).get("value")
+    return value if isinstance(value, int) else 0
 
 
 def prompt_context() -> dict[str, Any]:
-    """Where in the host a sampling run happens: prompt, workflow, client and sampler node, each None if unknown."""
+    """Where in the host a sampling run happens: prompt, workflow, client and sampler node, each None if unknown.
+
+    `steps` is what the sampler node says, the number of the whole sampling also in one stage of it; 0 if unknown. The
+    browser puts the workflow's id into the prompt's metadata.
+    """
     about: dict[str, Any] = dict.fromkeys(("prompt_id", "workflow_id", "client_id", "sampler_node"))
+    about["steps"] = 0
     try:
         about["prompt_id"], about["sampler_node"] = _executing()
         server = _server()
         if server is not None:
             about["client_id"] = server.client_id
-            about["workflow_id"] = _workflow_id(server, about["prompt_id"])
+            prompt, extra = _running(server, about["prompt_id"])
+            about["workflow_id"] = ((extra.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+            sampler = prompt.get(about["sampler_node"] or "", {})
+            about["steps"] = _number(prompt, sampler.get("inputs", {}).get("steps"))
     except Exception:  # nobody's sampling run may fail because of this
         log.debug("The running prompt could not be told", exc_info=True)
     return about

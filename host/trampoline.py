@@ -21,19 +21,18 @@ from typing import Any
 import torch
 
 from ..attention import compiled
-from ..attention.compiled import traced_attention
+from ..attention.compiled import INNER, traced_attention
 from ..attention.link import HostFunction
 from ..attention.session import CURRENT
 
 _lock = threading.RLock()
 _users = 0
 _installed: list[tuple[CellType, HostFunction, HostFunction]] = []
-_INNER = "__attune_inner__"
 
 
 def plain(func: HostFunction) -> HostFunction:
     """The host's own function behind `func`: behind a trampoline of ours, or `func` itself."""
-    return getattr(func, _INNER, func)
+    return getattr(func, INNER, func)
 
 
 def wrapped_cells(module: ModuleType) -> dict[str, CellType]:
@@ -52,13 +51,13 @@ def _trampoline(func: HostFunction) -> HostFunction:
     @functools.wraps(func)
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return traced_attention(func, *args, **kwargs)
+            return traced_attention(func, *args, bare=True, **kwargs)
         forward = CURRENT.get()
         if forward is None or not forward.takes_bare_calls:
             return func(*args, **kwargs)
         return forward.router.route(func, *args, **kwargs)
 
-    setattr(call, _INNER, func)
+    setattr(call, INNER, func)
     return call
 
 

@@ -6,7 +6,8 @@ Limits of the back ends: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +31,7 @@ from ._sdpa_memory import any_bytes, fused, fused_bytes, math_bytes
 # The grid of the CUDA kernels has the batch in a dimension of 16 bits; the host splits at the same number.
 _MOST_BATCHES = 2**15
 # `sdpa_kernel` sets flags of the whole process: no other thread may look at them while one call is on its way.
-_FLAGS = threading.Lock()
+_FLAGS = threading.RLock()
 _URL = "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
 
 
@@ -96,6 +97,20 @@ def in_batches(
     return out
 
 
+@contextmanager
+def _full_sums() -> Iterator[None]:
+    """Scores and sums in float32 in the math back end: ComfyUI lets it have them in half precision, to save memory."""
+    allow = getattr(torch.backends.cuda, "allow_fp16_bf16_reduction_math_sdp", None)
+    if allow is None or not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
+        yield
+        return
+    allow(False)
+    try:
+        yield
+    finally:
+        allow(True)
+
+
 def _load_any() -> Run:
     def run(
         q: torch.Tensor,
@@ -121,7 +136,7 @@ def _loader(backend: SDPBackend) -> Callable[[], Run]:
             mask: torch.Tensor | None = None,
             scale: float | None = None,
         ) -> torch.Tensor:
-            with _FLAGS, sdpa_kernel(backend):
+            with _FLAGS, sdpa_kernel(backend), _full_sums():
                 return _attend(q, k, v, mask, scale, False)
 
         return run

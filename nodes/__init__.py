@@ -64,7 +64,13 @@ def replacements() -> list[dict[str, Any]]:
             "new_node_id": "AttentionSelector",
             "old_node_id": "PathchSageAttentionKJ",
             "old_widget_ids": ["sage_attention", "allow_compile"],
-            "input_mapping": [model, {"new_id": "kernel", "old_id": "sage_attention"}, *fixed],
+            # Its "auto" means some SageAttention: ours with "fast" comes nearest.
+            "input_mapping": [
+                model,
+                {"new_id": "kernel", "old_id": "sage_attention"},
+                {"new_id": "precision", "set_value": "fast"},
+                *fixed[1:],
+            ],
             "output_mapping": output,
         },
         {

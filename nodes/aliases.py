@@ -65,7 +65,8 @@ class PathchSageAttentionKJ(io.ComfyNode):
                     "sage_attention",
                     options=_SAGE_VALUES,
                     default=DISABLED,
-                    tooltip="disabled: the model passes through untouched. auto: the best SageAttention here.",
+                    tooltip="disabled: the model passes through untouched. auto: the best SageAttention here. A model "
+                    "in float32 keeps its own attention instead of being cut to 16 bits.",
                 ),
                 widget(
                     io.Boolean,

@@ -66,7 +66,7 @@ class AttentionRule(io.ComfyNode):
                     "blocks",
                     default="",
                     tooltip="Which blocks of the model, counted from 0: one such as 5, a range such as 2-37, empty "
-                    "for all.",
+                    "for all. Flux and its kin count double blocks first, then single ones; a UNet its transformers.",
                 ),
                 widget(
                     io.Combo,

@@ -11,13 +11,13 @@ from ..attention.record import Record
 from ..host.comfyui import count_blocks
 from .schema import CATEGORY, Schema, add_rules, model_inputs, model_outputs, widget
 
-# SageAttention 3 is slower than SDPA below about a thousand tokens (its own repository's plots; docs/kernels.md).
+# SageAttention 3 is slower than SDPA below about a thousand tokens (docs/kernels.md).
 _SHORT_TOKENS = 1024
-_FEW_STEPS = 16  # it is meant for 20; the number of a two-stage run is an estimate
+_FEW_STEPS = 20
 
 
 def advice(record: Record, steps: int) -> list[str]:
-    """What to tell the user about this run of about `steps` steps in all: is Sage3 worth having?"""
+    """What to tell the user about this run of `steps` steps in all (0: unknown): is Sage3 worth having?"""
     lines = []
     tokens = record.longest_self
     if 0 < tokens < _SHORT_TOKENS:
@@ -25,6 +25,19 @@ def advice(record: Record, steps: int) -> list[str]:
     if 0 < steps < _FEW_STEPS:
         lines.append(f"Sage3 is not worth it for {steps} steps: it is meant for 20 or more, without a 4-step LoRA.")
     return lines
+
+
+def dense_error(first: float, last: float) -> str | None:
+    """What is wrong with the two dense percents, or None."""
+    for name, value in (("dense_first_percent", first), ("dense_last_percent", last)):
+        if not 0 <= value <= 100:
+            return f"{name} {value:g} is not a percent; wanted 0 to 100."
+    if first + last >= 100:
+        return (
+            f"dense_first_percent {first:g} and dense_last_percent {last:g} leave Sage3 nothing to do; "
+            "wanted less than 100 together, or switch the node off."
+        )
+    return None
 
 
 def dense_rules(first_percent: float, last_percent: float, first_blocks: int, last_blocks: int) -> list[Rule]:
@@ -101,6 +114,12 @@ class Sage3Switch(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, dense_first_percent: float | None = None, dense_last_percent: float | None = None
+    ) -> bool | str:
+        return dense_error(dense_first_percent or 0, dense_last_percent or 0) or True
+
+    @classmethod
     def execute(
         cls,
         model: object,
@@ -117,6 +136,9 @@ class Sage3Switch(io.ComfyNode):
         for name, count in (("dense_first_blocks", dense_first_blocks), ("dense_last_blocks", dense_last_blocks)):
             if blocks is not None and count > blocks:
                 raise ValueError(f"{name}: this model has {blocks} blocks, {count} were asked for. Set 0 to {blocks}.")
+        wrong = dense_error(dense_first_percent, dense_last_percent)
+        if wrong:
+            raise ValueError(wrong)
         kernel = "sage3_per_block_mean" if per_block_mean else "sage3"
         dense = dense_rules(dense_first_percent, dense_last_percent, dense_first_blocks, dense_last_blocks)
         return add_rules(cls, model, Rule((kernel,)), *dense, advisor=advice)

@@ -33,6 +33,9 @@ DISABLED = "disabled"
 
 def Schema(**fields: Any) -> io.Schema:
     """`io.Schema` without the fields that this host does not know: one of those would stop the whole pack."""
+    # The host leaves the node's id out of the cache key of V3 nodes unless they ask for this: two nodes with the same
+    # inputs would share one result, and what ran would be told of the wrong one. Caching itself stays.
+    fields = {"not_idempotent": True, **fields}
     return io.Schema(**{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
 
 
@@ -50,9 +53,14 @@ def model_outputs() -> list[Any]:
     return [io.Model.Output(display_name="model", tooltip=MODEL_OUT)]
 
 
-def kernel_error(name: object) -> str | None:
-    """What is wrong with a kernel name, or None. Linked inputs are not known yet and come as None."""
-    if name is None or name in KERNEL_NAMES or name in ALIASES or name in (DISABLED, False):
+def kernel_error(name: object, may_be_off: bool = True) -> str | None:
+    """What is wrong with a kernel name, or None. Linked inputs are not known yet and come as None.
+
+    `may_be_off` lets "disabled" (and False, an old default) pass, which nodes of other packs hold.
+    """
+    if name is None or (may_be_off and (name is False or name == DISABLED)):
+        return None
+    if isinstance(name, str) and (name in KERNEL_NAMES or name in ALIASES):
         return None
     return f"there is no attention kernel called {name!r}. The names are: {', '.join(KERNEL_NAMES)}."
 

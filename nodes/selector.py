@@ -57,8 +57,8 @@ class AttentionSelector(io.ComfyNode):
                     "when_unavailable",
                     options=["fallback", "error"],
                     default="fallback",
-                    tooltip="What to do where the chosen kernel cannot run. fallback: use the next best and say why. "
-                    "error: stop before sampling.",
+                    tooltip="What to do where the chosen kernel cannot run. fallback: go on with what stood on the "
+                    "model before, at last ComfyUI's own attention, and say why. error: stop before sampling.",
                 ),
                 widget(
                     io.Combo,
@@ -76,8 +76,8 @@ class AttentionSelector(io.ComfyNode):
                     min=0,
                     max=10_000_000,
                     advanced=True,
-                    tooltip="Leave calls with fewer query tokens than this to the host. Short calls gain nothing from "
-                    "fast kernels.",
+                    tooltip="Leave calls with fewer query tokens than this to what stood on the model before, at last "
+                    "ComfyUI's own attention. Short calls gain nothing from fast kernels.",
                 ),
             ],
             outputs=model_outputs(),
@@ -87,7 +87,7 @@ class AttentionSelector(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, kernel: str | None = None, cross_attention: str | None = None) -> bool | str:
         # Naming an input here switches off the host's own check, which counts the names instead of listing them.
-        wrong_cross = None if cross_attention == "same" else kernel_error(cross_attention)
+        wrong_cross = None if cross_attention == "same" else kernel_error(cross_attention, may_be_off=False)
         return kernel_error(kernel) or (f"cross_attention: {wrong_cross}" if wrong_cross else True)
 
     @classmethod

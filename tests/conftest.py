@@ -172,3 +172,22 @@ def open_page(browser, server):
 def page(open_page, request):
     """A page with ComfyUI in it, once for each of the front end's two renderers."""
     return open_page(vue=request.param)
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["canvas", "vue"])
+def desk_page(request, browser, server, tmp_path_factory):
+    """One page per renderer for all tests that use `desk`."""
+    from support.browser import ComfyPage
+    from support.browser_nodes import Desk
+
+    page = ComfyPage(browser, server, request.param)
+    yield Desk(page, tmp_path_factory.mktemp("pictures"))
+    page.close()
+
+
+@pytest.fixture
+def desk(desk_page):
+    """A page of each renderer (support.browser_nodes.Desk), with the workflows of earlier tests still open in tabs."""
+    before = len(desk_page.problems)
+    yield desk_page
+    assert desk_page.problems[before:] == []

@@ -2,28 +2,11 @@
 
 import pytest
 
-from support.browser import ComfyPage
-from support.browser_nodes import Desk
 from support.workflows import BYPASSED, NAMES, ONE_STAGE, SELECTORS, SWITCHES
 
 T2V = "wan2.2_t2v_14b"
 HIGH, LOW = SELECTORS
 SAMPLERS = (57, 58)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
-def shared(request, browser, server, tmp_path_factory):
-    page = ComfyPage(browser, server, request.param)
-    yield Desk(page, tmp_path_factory.mktemp("pictures"))
-    page.close()
-
-
-@pytest.fixture
-def desk(shared):
-    """A page of its renderer, with the workflows of earlier tests still open in other tabs, as at a user's."""
-    before = len(shared.problems)
-    yield shared
-    assert shared.problems[before:] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,161 +71,6 @@ def test_a_bypassed_node_shows_nothing_after_the_next_run(desk):
     assert desk.size(HIGH) == grown
 
 
-def test_nodes_and_samplers_that_were_cached_show_what_still_stands(desk):
-    desk.open(T2V)
-    desk.look_at(HIGH, LOW)
-    desk.set(57, noise_seed=11)
-    run = desk.run()
-    before = desk.shows(HIGH), desk.shows(LOW)
-    assert all(before)
-    desk.set(57, noise_seed=12)
-    run = desk.run()
-    assert {str(HIGH), str(LOW)} <= run.cached and not {"57", "58"} & run.cached
-    assert (desk.shows(HIGH), desk.shows(LOW)) == before
-    desk.set(57, noise_seed=12)
-    run = desk.run()
-    assert run.runs == [] and {"57", "58"} <= run.cached, "nothing was sampled at all"
-    assert (desk.shows(HIGH), desk.shows(LOW)) == before
-
-
-def test_going_back_to_an_earlier_kernel_shows_that_kernel(desk):
-    """The server may still hold the earlier result, and then samples nothing."""
-    desk.open(T2V)
-    desk.look_at(HIGH, LOW)
-    for kernel in ("sdpa", "sdpa_math", "sdpa"):
-        desk.set(HIGH, kernel=kernel)
-        desk.set(57, noise_seed=21)
-        desk.run()
-        assert desk.chips(HIGH) == [kernel]
-        assert desk.shows(LOW)
-
-
-def test_nothing_lands_on_another_open_workflow(desk):
-    first = desk.open(T2V)
-    one = desk.tab()
-    desk.run()
-    desk.open("wan2.2_i2v_14b")
-    desk.look_at(HIGH, LOW)
-    assert [desk.shows(HIGH), desk.shows(LOW)] == ["", ""], "another workflow with the same node ids"
-    # The same file once more: even the ids of the two workflows are equal.
-    desk.comfy.load(first)
-    desk.shrink()
-    two = desk.tab()
-    assert two != one
-    desk.look_at(HIGH, LOW)
-    assert [desk.shows(HIGH), desk.shows(LOW)] == ["", ""], "a copy with the same workflow id"
-    desk.switch_to(one)
-    desk.look_at(HIGH, LOW)
-    assert desk.chips(HIGH) and desk.chips(LOW)
-    assert desk.shows(HIGH)
-
-
-def test_a_run_that_ends_behind_another_tab_is_shown_when_its_tab_is_opened(desk):
-    desk.open("wan2.2_i2v_14b")
-    other = desk.tab()
-    desk.open(T2V)
-    here = desk.tab()
-    desk.set(57, noise_seed=31)
-    desk.comfy.call("() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) if (w.name === 'width') w.value = 256 }")
-    prompt = desk.press_run()
-    desk.switch_to(other)
-    desk.server.wait(prompt)
-    desk.page.wait_for_function("(id) => window.endedPrompts.has(id)", arg=prompt)
-    desk.look_at(HIGH, LOW)
-    assert [desk.shows(HIGH), desk.shows(LOW)] == ["", ""]
-    desk.switch_to(here)
-    desk.look_at(HIGH, LOW)
-    assert desk.shows(HIGH) and desk.shows(LOW)
-
-
-def test_a_reload_of_the_page_brings_the_text_back_to_its_own_tab(desk):
-    workflow = desk.open(T2V)
-    one = desk.tab()
-    desk.look_at(HIGH, LOW)
-    desk.run()
-    before = desk.shows(HIGH), desk.shows(LOW)
-    assert all(before)
-    desk.comfy.load(workflow)
-    two = desk.tab()
-    desk.settle()
-    desk.reload()
-    assert {one, two} <= set(desk.tabs())
-    assert desk.tab() == two
-    desk.look_at(HIGH, LOW)
-    assert [desk.shows(HIGH), desk.shows(LOW)] == ["", ""]
-    desk.switch_to(one)
-    desk.look_at(HIGH, LOW)
-    assert (desk.shows(HIGH), desk.shows(LOW)) == before
-
-
-def test_an_undo_keeps_the_text(desk):
-    desk.open(T2V)
-    desk.look_at(HIGH, LOW)
-    desk.run()
-    before = desk.shows(HIGH)
-    desk.click(LOW)
-    desk.press("Control+b")
-    assert desk.mode(LOW) == BYPASSED
-    desk.press("Control+z")
-    desk.settle()
-    assert desk.mode(LOW) == 0
-    assert desk.shows(HIGH) == before and desk.shows(LOW)
-
-
-def test_the_text_is_neither_saved_nor_sent(desk):
-    desk.open(T2V)
-    desk.look_at(HIGH, LOW)
-    saved, prompt = desk.saved(), desk.comfy.prompt()
-    desk.run()
-    assert desk.shows(HIGH)
-    after = desk.saved()
-    seed = desk.comfy.prompt()["57"]["inputs"]["noise_seed"]  # drawn anew after each run
-    prompt["57"]["inputs"]["noise_seed"] = seed
-    assert desk.comfy.prompt() == prompt
-    for one, other in zip(saved["nodes"], after["nodes"], strict=True):
-        if one["id"] != 57:
-            assert one.get("widgets_values") == other.get("widgets_values")
-        if one["id"] in (HIGH, LOW):
-            assert one["size"] == pytest.approx(other["size"], abs=1), "nor is the room that it takes"
-
-
-def test_a_selector_in_a_subgraph_shows_its_text_when_the_subgraph_is_opened(desk):
-    desk.open(T2V)
-    desk.look_at(HIGH, SWITCHES[0])
-    desk.click(HIGH)
-    desk.click(SWITCHES[0], keys=("Control",))
-    desk.press("Control+Shift+e")
-    desk.settle()
-    (outer,) = desk.comfy.call("() => app.graph.nodes.filter(n => n.isSubgraphNode?.()).map(n => String(n.id))")
-    run = desk.run()
-    (inner,) = (node for node in run.runs[0]["nodes"] if node.startswith(f"{outer}:"))
-    open_subgraph(desk, outer)
-    desk.look_at(inner.split(":")[1])
-    assert desk.chips(inner.split(":")[1]) == list(run.runs[0]["nodes"][inner]["observed"])
-    assert desk.shows(inner.split(":")[1])
-    desk.screenshot("subgraph")
-
-    # And once more inside: two levels deep, queued from within.
-    desk.click(inner.split(":")[1])
-    desk.press("Control+Shift+e")
-    desk.settle()
-    (middle,) = desk.comfy.call("() => app.canvas.graph.nodes.filter(n => n.isSubgraphNode?.()).map(n => String(n.id))")
-    run = desk.run()
-    (deep,) = (node for node in run.runs[0]["nodes"] if node.startswith(f"{outer}:{middle}:"))
-    open_subgraph(desk, middle)
-    desk.look_at(deep.split(":")[2])
-    assert desk.shows(deep.split(":")[2])
-
-
-def open_subgraph(desk, node: str) -> None:
-    desk.comfy.call(
-        "(id) => { const node = app.canvas.graph.nodes.find(n => String(n.id) === id);"
-        "app.canvas.openSubgraph(node.subgraph, node) }",
-        node,
-    )
-    desk.settle()
-
-
 def test_one_selector_for_two_samplers_shows_both_runs(desk):
     desk.open(T2V)
     desk.look_at(HIGH, LOW)
@@ -256,7 +84,7 @@ def test_one_selector_for_two_samplers_shows_both_runs(desk):
     assert desk.chips(HIGH) == ["sdpa"] and "each of 2 samplers" in desk.shows(HIGH)
     assert desk.shows(LOW) == "", "nothing hangs on it any more"
     # Of the second sampler's calls only some reach the rule: now the two say something different.
-    desk.comfy.call("() => { for (const n of app.graph.nodes) if (String(n.id) === '110') n.widgets[0].value = 3 }")
+    desk.set(110, value=3)
     desk.run()
     text = desk.shows(HIGH)
     desk.screenshot("two-samplers")
@@ -281,6 +109,21 @@ def test_the_old_text_is_faint_while_the_next_run_goes_on(desk):
     )
     desk.run()
     assert desk.comfy.call("() => window.seen") == ["old", "old", "new", "new"]
+
+
+def test_a_run_that_was_stopped_says_so(desk):
+    desk.open(T2V)
+    desk.look_at(HIGH, LOW)
+    desk.set(67, width=192, height=192)
+    desk.set(110, value=60)
+    desk.set(111, value=50)
+    desk.comfy.call("() => app.api.addEventListener('progress', () => { window.sampling = true })")
+    prompt = desk.press_run()
+    desk.page.wait_for_function("() => window.sampling")
+    desk.server.interrupt()
+    desk.wait(prompt)
+    assert desk.chips(HIGH) and "stopped" in desk.shows(HIGH)
+    assert desk.shows(LOW) == "", "its stage was not reached"
 
 
 def test_every_node_of_the_pack_has_a_face(desk):

@@ -90,12 +90,59 @@ def test_masks_and_grouped_queries_in_a_graph(fresh_dynamo):
     assert torch.allclose(out, expected, atol=1e-5)
 
 
+def test_a_function_of_another_pack_is_never_replaced_in_a_graph(fresh_dynamo):
+    def plain_attention(q, k, v, heads, *rest, **kwargs):  # even with a name that the operator knows
+        return q * 3
+
+    router = Router(Policy((Rule(("split",)),)), BY_NAME, Machine())
+    q = torch.randn(1, 4, 16)
+    compiled = torch.compile(lambda q: router(plain_attention, q, q, q, 2) + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q), q * 3 + 1)
+
+
+def test_bare_calls_keep_out_of_the_way_of_a_later_override(fresh_dynamo):
+    from comfyui_attune.attention.compiled import traced_attention
+
+    router = Router(Policy((Rule(("split",)),)), BY_NAME, Machine())
+    q = torch.randn(1, 4, 16)
+    compiled = torch.compile(lambda q: traced_attention(plain_attention, q, q, q, 2, bare=True), backend="eager")
+    for takes, observed in ((False, {}), (True, {"split": 1})):
+        session = Session(router)
+        with Forward(router, session, frozenset({0}), takes_bare_calls=takes):
+            compiled(q)
+        assert session.record.observed() == observed
+
+
+def test_the_operator_stays_out_of_cuda_graphs():
+    from comfyui_attune.attention import compiled
+
+    if hasattr(torch.Tag, "cudagraph_unsafe"):
+        assert torch.Tag.cudagraph_unsafe in compiled._OPERATOR.tags
+
+
 def test_the_operator_keeps_its_promises():
     from comfyui_attune.attention import compiled
 
     q = torch.randn(2, 6, 32)
     for skip_output in (False, True):
-        arguments = (q, q.clone(), q.clone(), None, 4, False, skip_output, False, None, False, True, "", -1, "", -1)
+        arguments = (
+            q,
+            q.clone(),
+            q.clone(),
+            None,
+            4,
+            False,
+            skip_output,
+            False,
+            None,
+            False,
+            True,
+            "plain_attention",
+            -1,
+            "",
+            -1,
+            False,
+        )
         torch.library.opcheck(compiled._OPERATOR, arguments)
 
 

@@ -158,7 +158,7 @@ def test_bare_calls_are_routed_inside_a_run_and_only_there(host):
 
     layer = MultiHeadCrossAttention(64, 2, operations=comfy.ops.manual_cast)
     for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.1).requires_grad_(False)
     x, text = torch.randn(1, 12, 64), torch.randn(1, 5, 64)
     router = Router(Policy((Rule(("basic",), source="1"),)), host.kernels(), host.machine(), host.LINK)
     session = Session(router)
@@ -282,3 +282,48 @@ def test_the_state_of_the_host_is_read_without_a_guess(host):
             assert host.host_flag() == "--use-split-cross-attention"
         finally:
             host.launch.use_split_cross_attention = False
+
+
+def test_two_runs_of_one_patched_model_at_once_are_never_mixed_up(host, wan):
+    """The inner run begins and ends while the outer one is under way; the host itself never does that in one thread."""
+    from types import SimpleNamespace
+
+    attachment = host._standing(host.attach(wan, Rule(("sub_quad",), source="1")))
+
+    def run(forwards, between=lambda: None):
+        guider = SimpleNamespace(model_options={}, model_patcher=None)
+
+        def sampling(*_args):
+            for _ in range(forwards):
+                options = dict(guider.model_options["transformer_options"])
+
+                def model(_x, _t, _concat, _cross, _control, given):
+                    assert "attune_session" not in given
+                    between()
+
+                attachment.apply_model(model, None, torch.ones(1), None, None, None, options)
+
+        sampling.class_obj = guider
+        attachment.outer_sample(sampling)
+
+    run(2, between=lambda: run(1))
+    outer, *inner = host.RUNS.as_list()[-3:]
+    assert [outer["forwards"], *(run["forwards"] for run in inner)] == [2, 1, 1]
+    assert attachment.router.idle_session.record.forwards == 0
+
+
+def test_a_model_that_does_not_tell_its_progress_runs_all_the_same(host, wan):
+    model = host.attach(wan, Rule(("basic",), source="1"), Rule(("sub_quad",), to_percent=50, source="2"))
+    sampling = model.get_model_object("model_sampling")
+
+    class Silent(type(sampling)):
+        def percent_to_sigma(self, percent):
+            raise AttributeError("no percent here")
+
+    silent = copy.copy(sampling)
+    silent.__class__ = Silent
+    model.add_object_patch("model_sampling", silent)
+    sample(model, steps=1)
+    run = last_run(host)
+    assert run["observed"] == {"basic": 4}
+    assert "rules by percent do nothing" in run["notes"][0]

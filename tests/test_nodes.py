@@ -149,6 +149,7 @@ def test_dense_parts_run_the_exact_kernel(server):
 
     data = nodes_of(server.run(two_stage(patch)))
     assert data["30"]["observed"] == {"split": 8}
+    assert all("keeps these calls exact" not in reason for r in data["30"]["refused"] for reason in r["reasons"])
 
 
 def test_when_unavailable_error_stops_before_sampling_with_every_reason(server):
@@ -165,6 +166,19 @@ def test_a_cached_node_is_reported_again_and_counts_anew(server):
     result = server.run(workflow)
     assert {"20", "21"} <= result.cached
     assert [run["observed"] for run in result.runs] == [{"split": 8}, {"split": 8}]
+
+
+def test_two_nodes_with_the_same_inputs_are_told_apart(server):
+    def patch(prompt, model, stage):
+        return selector(prompt, ["1", 0], str(20 + stage), "split", min_tokens=3)
+
+    prompt = two_stage(patch)
+    result = server.run(prompt)
+    assert [list(run["nodes"]) for run in result.runs] == [["20"], ["21"]]
+    renamed = {("40" if key == "20" else key): data for key, data in prompt.items()}
+    renamed["10"]["inputs"]["model"] = ["40", 0]
+    renamed["12"]["inputs"]["noise_seed"] += 1
+    assert "40" in server.run(renamed).runs[0]["nodes"]
 
 
 def test_a_run_knows_its_workflow_and_two_workflows_are_never_mixed_up(server):
@@ -189,6 +203,8 @@ def test_a_run_knows_its_workflow_and_two_workflows_are_never_mixed_up(server):
         (lambda p, m, k: rule(p, m, k, "sdpa", to_percent=120.0), ["to_percent", "100"]),
         (lambda p, m, k: rule(p, m, k, "sdpa", from_percent=-5.0), ["from_percent", "0"]),
         (lambda p, m, k: switch(p, m, k, dense_first_percent=120.0), ["dense_first_percent", "100"]),
+        (lambda p, m, k: switch(p, m, k, dense_first_percent=60.0, dense_last_percent=40.0), ["nothing to do"]),
+        (lambda p, m, k: selector(p, m, k, "auto", cross_attention="disabled"), ["cross_attention", "disabled"]),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(server, make, wanted):

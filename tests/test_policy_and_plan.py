@@ -206,3 +206,30 @@ def test_the_architecture_comes_from_the_capability():
 def test_masks_that_fit_nothing_say_so(shape):
     with pytest.raises(Undescribable, match="does not broadcast to"):
         mask_shape(shape, batch=2, heads=4, q_len=8, kv_len=9)
+
+
+def test_percent_limits_are_compared_in_float32_as_the_host_does():
+    """Wan's shift 8 at 25 percent is 0.96; a sampler's float32 sigma there is 0.95999998."""
+    rule = Policy((Rule(("sdpa",), to_percent=25),))
+    sigma = float(torch.tensor(0.96, dtype=torch.float32))
+    assert sigma < 0.96
+    assert rule.at_sigma(sigma, lambda percent: 0.96 if percent == 0.25 else 1.0) == {0}
+
+
+def test_a_strict_selector_is_not_broken_by_the_dense_parts_of_a_switch():
+    dense = Rule(("sdpa",), blocks=BlockRange(0, 9), exact_only=True, source="2")
+    strict = Rule(("sage2_fp8_cuda",), on_refusal="error", source="1")
+    assert chosen(strict, dense) == "sdpa"
+
+
+def test_a_dense_part_is_exact_where_blocks_are_not_numbered():
+    unnumbered = AttentionCall(1, 40, 40, 1000, 1000, 128, 128, torch.float16, "cuda:0")
+    dense = Rule(("sdpa",), blocks=BlockRange(-2, -1), exact_only=True)
+    assert chosen(Rule(("sage2_fp8_cuda",)), dense, call=unnumbered) == "sdpa"
+
+
+def test_a_dense_part_does_not_trust_a_lossy_host():
+    dense = Rule(("sdpa",), exact_only=True)
+    sage = Machine(devices=H200.devices, host_attention="sage")
+    assert chosen(Rule(("host",)), dense, machine=sage) == "sdpa"
+    assert chosen(Rule(("host",)), dense) == "host"

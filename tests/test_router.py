@@ -357,3 +357,92 @@ def test_workspace_that_does_not_fit_is_refused_with_both_figures(run):
     assert session.record.observed() == {"host": 1}
     ((_, reasons),) = session.record.nodes()["7"].refused
     assert reasons == ("needs 3 MiB of working memory, 1 MiB are free",)
+
+
+def test_a_kernel_that_fails_in_one_block_is_not_tried_in_the_others(run, caplog):
+    bad, good = Fake("sdpa_flash", error=RuntimeError("CUDA error")), Fake("sdpa")
+    router = make(bad, good)
+    session = Session(router)
+    for block in range(5):
+        bad.error = RuntimeError(f"CUDA error {block}")
+        run(router, *tensors(), 2, session=session, transformer_options={"block_index": block})
+    assert (bad.calls, good.calls) == (1, 5)
+    assert len(caplog.records) == 1 and len(session.record.notes) == 1
+
+
+def test_what_a_failed_kernel_held_is_given_back_before_memory_is_freed(run):
+    import weakref
+
+    held = []
+
+    def hungry(q, k, v, *, mask=None, scale=None):
+        scratch = torch.empty(1000)
+        held.append(weakref.ref(scratch))
+        raise torch.OutOfMemoryError("out of memory")
+
+    alive = []
+    fake, split = Fake("sdpa"), Fake("split")
+    fake.run = hungry
+    link = HostLink(free_memory=lambda: alive.append(held[0]() is not None))
+    run(make(fake, split, link=link, rules=[Rule(("sdpa",))]), *tensors(), 2)
+    assert alive == [False]
+
+
+def test_a_call_that_wants_gradients_is_the_hosts(run):
+    fake, q = Fake("sdpa"), tensors()
+    q[0].requires_grad_(True)
+    out, session = run(make(fake), *q, 2)
+    out.sum().backward()
+    assert fake.calls == 0 and q[0].grad is not None
+    ((_, reasons),) = session.record.nodes()["7"].refused
+    assert "gradients" in reasons[0]
+
+
+def test_something_that_is_no_tensor_is_the_hosts_business(run):
+    host = Host()
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+        run(make(Fake("sdpa")), tensors()[0], None, None, 2, host=host)
+    assert len(host.calls) == 1
+
+
+def test_a_strict_rule_also_holds_for_calls_that_nobody_can_describe(run):
+    q, k, v = tensors()
+    router = make(Fake("sdpa"), rules=[Rule(("sdpa",), on_refusal="error")])
+    with pytest.raises(RefusedError, match="does not broadcast"):
+        run(router, q, k, v, 2, mask=torch.zeros(5, 7, 16))
+
+
+def test_a_block_range_on_a_model_that_does_not_number_its_blocks_is_said(run):
+    fake = Fake("sdpa")
+    router = make(fake, rules=[Rule(("sdpa",), blocks=BlockRange(0, 3))])
+    _, session = run(router, *tensors(), 2)
+    assert fake.calls == 0
+    assert "does not tell the number of its blocks" in session.record.notes[0]
+
+
+def test_an_earlier_override_that_calls_the_host_by_itself_is_not_routed(run):
+    seen = []
+
+    def own_way(func, *args, **kwargs):
+        seen.append(CURRENT.get())
+        return plain_attention(*args, **kwargs)
+
+    fake = Fake("sdpa")
+    run(make(fake, earlier=own_way), *tensors(), 2)
+    assert seen == [None] and fake.calls == 0
+
+
+def test_a_tensor_as_scale_is_never_kept(run):
+    fake, host, router = Fake("sdpa"), Host(), make(Fake("sdpa"))
+    session = Session(router)
+    run(router, *tensors(), 2, scale=torch.tensor(0.5), host=host, session=session)
+    assert fake.calls == 0 and len(host.calls) == 1
+    assert not session.routes(frozenset({0}))
+
+
+def test_calls_outside_any_run_do_not_pile_up():
+    fake = Fake("sdpa")
+    router = make(fake)
+    for n in range(1, 50):
+        router(Host(), *[torch.randn(1, n, 16)] * 3, 2)
+    assert sum(router._idle.counts.values()) == 49

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from comfyui_attune.attention.compiled import plain_attention
 from comfyui_attune.attention.errors import make_inputs, measure_errors
 from comfyui_attune.attention.kernel import machine_reasons

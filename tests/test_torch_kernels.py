@@ -146,3 +146,19 @@ def test_threads_do_not_see_each_others_back_end() -> None:
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_the_math_back_end_keeps_float32_sums_where_the_host_turned_them_off() -> None:
+    """ComfyUI calls allow_fp16_bf16_reduction_math_sdp(True) when it starts."""
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    run = BY_NAME["sdpa_math"].load()
+    q, k, v = (torch.randn(2, 4, 200, 64, generator=torch.Generator().manual_seed(i)).half() for i in range(3))
+    try:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        out = run(q, k, v)
+        assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+        assert torch.equal(out, run(q, k, v))
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)

@@ -32,12 +32,20 @@ function* walk(graph, before = "") {
   }
 }
 
-/** Make every node of the open graph show its last runs, or nothing. */
+/** Make every node of the open graph show its last runs, or nothing. Never throws: graphs are loaded around it. */
 function render() {
   if (loading) return;
+  try {
+    draw();
+  } catch (error) {
+    console.error("Attune:", error);
+  }
+}
+
+function draw() {
   const nodes = new Map(walk(app.rootGraph ?? app.graph));
   const shown = runs.shown(tab());
-  const title = (id) => `${nodes.get(id)?.title ?? "sampler"} #${id}`;
+  const title = (id) => (id ? `${nodes.get(id)?.title ?? "sampler"} #${id}` : "sampler");
   const entries = new Map([...nodes.values()].map((node) => [node, []]));
   for (const { run, old } of shown) {
     for (const [id, part] of Object.entries(run.nodes)) {
@@ -86,7 +94,7 @@ function watchQueue() {
   const queuePrompt = api.queuePrompt;
   api.queuePrompt = async function (number, data, ...rest) {
     const from = tab();
-    const request = queuePrompt.call(this, number, data, ...rest);
+    const request = queuePrompt.call(api, number, data, ...rest);
     queueing.add(request);
     try {
       const answer = await request;

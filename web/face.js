@@ -94,6 +94,7 @@ function draw({ of, old, kernels, lines }) {
     const row = make("div", "kernels");
     for (const { name, count, warn } of kernels) {
       const kernel = make("span", warn ? "kernel warn" : "kernel");
+      kernel.title = `${count} attention calls ran on ${name}${warn ? ", which is not what was asked for" : ""}`;
       kernel.append(make("span", "chip", name), make("span", "times", `×${count}`));
       row.append(kernel);
     }

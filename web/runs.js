@@ -28,7 +28,7 @@ function hash(text) {
   return (a >>> 0).toString(36) + (b >>> 0).toString(36);
 }
 
-/** Fingerprints of the nodes of an API prompt, by id; equal where a node and all that leads to it, ids included, are. */
+/** Fingerprints of an API prompt's nodes, by id; equal where a node and all that leads to it are, ids included. */
 export function fingerprints(prompt) {
   const done = {};
   const of = (id) => {

@@ -38,6 +38,7 @@ class Desk:
         """Note which prompts have ended, as this page hears it; again after a reload."""
         self.comfy.call(
             """() => {
+                app.canvas.maximumFps = 15; // nobody watches, and drawing costs the processor
                 window.endedPrompts = new Set();
                 for (const name of ["execution_success", "execution_error", "execution_interrupted"])
                     app.api.addEventListener(name, (event) => window.endedPrompts.add(event.detail.prompt_id));
@@ -152,10 +153,13 @@ class Desk:
     def run(self) -> Result:
         """Press the Run button and wait until the page knows that the prompt has ended."""
         prompt = self.press_run()
-        result = self.server.wait(prompt)
-        self.page.wait_for_function("(id) => window.endedPrompts.has(id)", arg=prompt, timeout=10_000)
+        self.wait(prompt)
+        return self.server.wait(prompt)
+
+    def wait(self, prompt: str) -> None:
+        """Wait until the page knows that this prompt has ended, and has laid out what it shows of it."""
+        self.page.wait_for_function("(id) => window.endedPrompts.has(id)", arg=prompt, timeout=120_000)
         self.settle()
-        return result
 
     def shows(self, node: int | str) -> str:
         """The text on a node's face as a user reads it; "" where there is none, or where it is out of view."""
