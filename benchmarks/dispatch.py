@@ -1,10 +1,11 @@
 """What routing one attention call costs on top of calling the kernel by hand.
 
-    python benchmarks/dispatch.py [--calls 20000] [--json FILE]
+    python benchmarks/dispatch.py [--calls 20000] [--rounds 7] [--json FILE]
 
 The kernel is one that returns a tensor made beforehand, so that only the way to it is timed: A is the router with a
-cached plan, B makes the same views and calls the same kernel. Calls of A and B alternate one by one; printed are the
-medians, the 99th percentiles and their differences, in microseconds. A quiet machine gives quieter numbers.
+cached plan, B makes the same views and calls the same kernel. Calls of A and B alternate one by one. Each round gives
+the medians, the 99th percentiles and their differences in microseconds; printed is the median of the rounds, as the
+99th percentile of one round is mostly what else the machine was doing.
 """
 
 from __future__ import annotations
@@ -115,20 +116,22 @@ def measure(calls: int, skip_reshape: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     load_pack()
     torch.set_num_threads(1)
-    results = {
-        "layout (B, N, H*D)": measure(options.calls, skip_reshape=False),
-        "layout (B, H, N, D)": measure(options.calls, skip_reshape=True),
-    }
+    results = {}
+    for name, skip_reshape in (("layout (B, N, H*D)", False), ("layout (B, H, N, D)", True)):
+        rounds = [measure(options.calls, skip_reshape) for _ in range(options.rounds)]
+        results[name] = {figure: round(statistics.median(r[figure] for r in rounds), 3) for figure in rounds[0]}
     report = {
         "benchmark": "dispatch",
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "calls": options.calls,
+        "rounds": options.rounds,
         "results": results,
     }
     for name, row in results.items():
