@@ -71,7 +71,7 @@ def test_the_wheel_works_without_comfyui(wheel, tmp_path):
 def test_the_wheel_brings_the_command_and_needs_torch_only(wheel):
     installed = importlib.metadata.Distribution.at(next(wheel.glob("*.dist-info")))
     assert [(entry.name, entry.value) for entry in installed.entry_points] == [("attune", "comfyui_attune.cli:main")]
-    assert [line for line in installed.requires or [] if "extra ==" not in line] == ["torch"]
+    assert [line for line in installed.requires or [] if "extra ==" not in line] == ["torch>=2.4"]
 
 
 def test_mypy_finds_nothing_in_the_heart_and_the_kernels(wheel):
