@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from .attention.listing import kernel_rows
 from .attention.machine import Machine, read_machine
+from .doctor.commands import add_quarantine
 
 
 def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -34,6 +36,27 @@ def _kernels(options: argparse.Namespace) -> int:
     return 0
 
 
+def _env(options: argparse.Namespace) -> int:
+    from .doctor.env_file import best_kernel, env_line, write_line
+    from .kernels import KERNELS
+
+    line = env_line(best_kernel({kernel.name: kernel for kernel in KERNELS}, read_machine(), options.fast))
+    if options.write is None:
+        print(line)
+        return 0
+    try:
+        write_line(options.write, line)
+    except (OSError, UnicodeDecodeError) as error:
+        print(
+            f"{options.write} could not be written ({error}); it is as it was. Wanted: a text file in UTF-8 that "
+            f"you may change, or a new one in a folder that is there. The line is: {line}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{options.write}: {line}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="attune", description="Attention that tunes itself.")
@@ -41,5 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = commands.add_parser("kernels", help="every attention kernel, and whether it can run on this machine")
     kernels.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     kernels.set_defaults(run=_kernels)
+    env = commands.add_parser("env", help="the line that makes the best kernel here the default of ComfyUI")
+    env.add_argument("--fast", action="store_true", help="also consider 8-bit kernels, which change results slightly")
+    env.add_argument("--write", type=Path, metavar="FILE", help="put the line into FILE, replacing only its own line")
+    env.set_defaults(run=_env)
+    add_quarantine(commands, Path(__file__).parent)
     options = parser.parse_args(arguments)
     return int(options.run(options))

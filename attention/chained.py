@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from .link import HostFunction
 from .router import Router
-from .session import CURRENT, Forward
+from .session import BUSY, CURRENT, Forward
 
 
 class ChainedRouter(Router):
@@ -43,7 +43,7 @@ class ChainedRouter(Router):
         if is_compiling():
             return self.earlier(routed, *args, **kwargs)
         forward = CURRENT.get()
-        token = CURRENT.set(None)  # what it calls of the host by itself is its own business
+        token = CURRENT.set(BUSY)  # what it calls of the host by itself is its own business
         try:
             out = self.earlier(routed, *args, **kwargs)
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .link import HostFunction
-from .session import CURRENT
+from .session import current_router
 
 # The namespace is this module's own: two copies of the pack in one process must not define one operator twice. Inside
 # ComfyUI the name is a path, with any letters in it.
@@ -93,9 +93,8 @@ def _run(
     if not low_precision:
         kwargs["low_precision_attention"] = False
     function = host_functions[func]
-    forward = CURRENT.get()
-    routed = forward is not None and (forward.takes_bare_calls or not bare)
-    attend = forward.router.bound(function) if forward is not None and routed else function
+    router = current_router(bare)
+    attend = function if router is None else router.bound(function)
     precision = torch.float32 if fp32_scores else None
     out = attend(q, k, v, heads, mask, precision, skip_reshape, skip_output_reshape, **kwargs)
     # The graph was promised a fresh contiguous tensor.

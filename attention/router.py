@@ -20,7 +20,7 @@ from .link import HostFunction, HostLink
 from .machine import Machine
 from .policy import Policy
 from .routing import ABSENT, can_do_without, demote, new_route
-from .session import CURRENT, Forward, Session
+from .session import BUSY, CURRENT, Forward, Session
 
 
 def _given(options: Any, scale: Any, enable_gqa: Any, low_precision: Any, inside: Any) -> dict[str, Any]:
@@ -66,6 +66,10 @@ class Router:
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
         self.idle_session = Session(self)
         self._idle = Forward(self, self.idle_session, policy.without_percent)
+
+    def flush_idle(self) -> None:
+        """Bring the record of `idle_session` up to date."""
+        self._idle.flush()
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Router:
         return self  # old hosts deep-copy model options; the router must stay the one its wrappers know
@@ -153,7 +157,7 @@ class Router:
             demote(self, forward, key, route, failure)
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
-        token = CURRENT.set(None)  # whatever the host calls inside is its own business
+        token = CURRENT.set(BUSY)  # whatever the host calls inside is its own business
         try:
             out = self.link.plain(func)(
                 q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown

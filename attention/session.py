@@ -167,12 +167,38 @@ class Forward:
     def flush(self, forwards: int = 0) -> None:
         """Hand what was counted so far to the record, and how many forwards have ended with it."""
         trails: Counter[Trail] = Counter()
-        for route, count in self.counts.items():
+        for route, count in list(self.counts.items()):
             trails[route.trail] += count
         self.session.record.add(trails, self.shadowed, forwards)
         self.counts.clear()
         self.shadowed = 0
 
 
+class _Busy:
+    """Stands in `CURRENT` while the host, or another pack's override, computes a call by itself."""
+
+    router: Router | None = None
+    takes_bare_calls = False
+
+
+BUSY: Any = _Busy()
+
 # The forward pass this thread is in, or None. Set per forward, outside any compiled region.
 CURRENT: ContextVar[Forward | None] = ContextVar("attune_current_forward", default=None)
+
+
+_default: Router | None = None
+
+
+def set_default_router(router: Router | None) -> None:
+    """Give the calls that no run claims to `router`; there is one only where the environment asks for it."""
+    global _default
+    _default = router
+
+
+def current_router(bare: bool) -> Router | None:
+    """Who routes a call in this thread now, or None. `bare`: it did not come through the override of a model."""
+    forward = CURRENT.get()
+    if forward is None:
+        return _default
+    return forward.router if forward.takes_bare_calls or not bare else None

@@ -30,6 +30,7 @@ from ..attention.router import Router
 from ..attention.session import Forward, Session
 from ..kernels import KERNELS
 from . import trampoline
+from .default import Default, summary, wanted_kernel
 from .kernels import host_kernels
 from .runs import RUNS, RunInfo
 from .server import prompt_context, send_run
@@ -255,3 +256,27 @@ def attach(model: Any, *rules: Rule, node_type: str = "", advisor: Advisor | Non
 host_functions.update(
     {name: trampoline.plain(cell.cell_contents) for name, cell in trampoline.wrapped_cells(host_attention).items()}
 )
+
+
+_defaults: list[Default] = []  # at most one: the environment's
+
+
+def start() -> None:
+    """What happens once when ComfyUI has loaded the pack: the start-up block, and the default of the environment."""
+    if switched_off():
+        log.info("ATTUNE=off: ComfyUI-Attune does nothing.")
+        return
+    name = wanted_kernel()
+    log.info("\n".join(summary(machine(), name)))
+    if name is not None:
+        import comfy.ldm.modules.diffusionmodules.model as vae_module
+
+        _defaults.append(Default(name, kernels(), machine(), LINK, host_attention, vae_module))
+        _defaults[0].apply()
+
+
+def default_account() -> dict[str, Any]:
+    """What the environment's default did so far: {requested, observed, refused, notes}; all empty without one."""
+    if not _defaults:
+        return {"requested": "", "observed": {}, "refused": [], "notes": []}
+    return _defaults[0].account()

@@ -74,11 +74,11 @@ def send_run(run: RunInfo) -> None:
         server.send_sync(EVENT, run.as_dict(), run.client_id)
 
 
-def add_routes(list_kernels: Callable[[], list[dict[str, Any]]]) -> None:
+def add_routes(list_kernels: Callable[[], list[dict[str, Any]]], default: Callable[[], dict[str, Any]]) -> None:
     """The pack's read-only routes.
 
     `GET /attune/runs`: the last runs, for a browser that was not there when they ended. `GET /attune/kernels`: every
-    kernel in this ComfyUI, and whether it can run here.
+    kernel in this ComfyUI, and whether it can run here. `GET /attune/default`: what the environment's default did.
     """
     server = _server()
     if server is None or not hasattr(server, "routes"):
@@ -88,6 +88,10 @@ def add_routes(list_kernels: Callable[[], list[dict[str, Any]]]) -> None:
     @server.routes.get("/attune/kernels")
     async def kernels(_request: web.Request) -> web.Response:
         return web.json_response({"kernels": list_kernels()})
+
+    @server.routes.get("/attune/default")
+    async def environment(_request: web.Request) -> web.Response:
+        return web.json_response(default())
 
     @server.routes.get("/attune/runs")
     async def runs(_request: web.Request) -> web.Response:

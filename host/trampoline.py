@@ -23,7 +23,7 @@ import torch
 from ..attention import compiled
 from ..attention.compiled import INNER, traced_attention
 from ..attention.link import HostFunction
-from ..attention.session import CURRENT
+from ..attention.session import current_router
 
 _lock = threading.RLock()
 _users = 0
@@ -52,10 +52,8 @@ def _trampoline(func: HostFunction) -> HostFunction:
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return traced_attention(func, *args, bare=True, **kwargs)
-        forward = CURRENT.get()
-        if forward is None or not forward.takes_bare_calls:
-            return func(*args, **kwargs)
-        return forward.router.route(func, *args, **kwargs)
+        router = current_router(bare=True)
+        return func(*args, **kwargs) if router is None else router.route(func, *args, **kwargs)
 
     setattr(call, INNER, func)
     return call

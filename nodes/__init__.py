@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import ComfyExtension, io
 
 from ..attention.listing import kernel_rows
-from ..host.comfyui import kernels, machine
+from ..host.comfyui import default_account, kernels, machine, start
 from ..host.server import add_routes
 from .aliases import PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
 from .rule import AttentionRule
@@ -98,10 +98,11 @@ async def _register_replacements() -> None:
 class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
-            add_routes(lambda: kernel_rows(kernels(), machine()))
+            add_routes(lambda: kernel_rows(kernels(), machine()), default_account)
             await _register_replacements()
-        except Exception:  # the nodes work without either
-            log.exception("The pack's routes or node replacements could not be registered")
+            start()
+        except Exception:  # the nodes work without any of it
+            log.exception("ComfyUI-Attune could not start in full: its nodes work, its routes or its default may not")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         taken = _taken()

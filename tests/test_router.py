@@ -19,7 +19,7 @@ from comfyui_attune.attention.plan import RefusedError
 from comfyui_attune.attention.policy import BlockRange, Policy, Rule
 from comfyui_attune.attention.reference import reference_attention
 from comfyui_attune.attention.router import Router
-from comfyui_attune.attention.session import CURRENT, Forward, Session
+from comfyui_attune.attention.session import BUSY, CURRENT, Forward, Session
 
 EVERYTHING = Needs(
     devices=frozenset({"cpu"}),
@@ -290,7 +290,7 @@ def test_a_call_inside_the_host_is_the_hosts_own_business(run):
         return plain_attention(*args, **kwargs)
 
     run(router, *tensors(), 2, host=host)
-    assert seen == [None]
+    assert seen == [BUSY]
 
 
 def test_threads_are_kept_apart_and_all_calls_are_counted():
@@ -429,7 +429,7 @@ def test_an_earlier_override_that_calls_the_host_by_itself_is_not_routed(run):
 
     fake = Fake("sdpa")
     run(make(fake, earlier=own_way), *tensors(), 2)
-    assert seen == [None] and fake.calls == 0
+    assert seen == [BUSY] and fake.calls == 0
 
 
 def test_a_tensor_as_scale_is_never_kept(run):

@@ -1,0 +1,143 @@
+"""The default for everything that has no node: `COMFYUI_ATTENTION_MECHANISM` in the environment.
+
+Opt-in and for the whole process: every call of the host's attention functions goes through one router, also from VAEs,
+text encoders, ControlNets and models that pass no options. A node on a model still decides for that model. Direct calls
+of `torch.nn.functional.scaled_dot_product_attention` are out of reach. `remove()` leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+from ..attention.kernel import Kernel
+from ..attention.link import HostLink
+from ..attention.machine import Machine
+from ..attention.policy import KERNEL_NAMES, Policy, Rule
+from ..attention.router import Router
+from ..attention.session import CURRENT, set_default_router
+from ..doctor.env_file import VARIABLE
+from . import trampoline
+
+log = logging.getLogger("attune")
+_GLOBAL = "__attune_vae_attention__"
+_VAE_FUNCTIONS = ("normal_attention", "pytorch_attention", "xformers_attention")
+
+
+def wanted_kernel(environment: Mapping[str, str] | None = None) -> str | None:
+    """The kernel that the environment names, or None. An unknown name is said once in the log and changes nothing."""
+    environment = os.environ if environment is None else environment
+    name = environment.get(VARIABLE, "").strip().lower()
+    if not name:
+        return None
+    if name not in KERNEL_NAMES:
+        log.warning(
+            "%s=%s names no attention kernel; nothing is changed. The names are: %s.",
+            VARIABLE,
+            environment[VARIABLE],
+            ", ".join(KERNEL_NAMES),
+        )
+        return None
+    return name
+
+
+class Default:
+    """The default in force. `vae_module` is the host's module whose functions VAEs keep on their instances."""
+
+    def __init__(
+        self,
+        name: str,
+        kernels: Mapping[str, Kernel],
+        machine: Machine,
+        link: HostLink,
+        attention_module: ModuleType,
+        vae_module: ModuleType | None,
+    ) -> None:
+        self.name = name
+        self.router = Router(Policy((Rule((name,), source="environment"),)), kernels, machine, link)
+        self._attention_module = attention_module
+        self._vae_module = vae_module
+        self._installed: AbstractContextManager[None] | None = None
+        self._codes: dict[str, CodeType] = {}
+
+    def apply(self) -> None:
+        """Put the default in force, until `remove`. There may be one at a time."""
+        self._installed = trampoline.installed(self._attention_module)
+        self._installed.__enter__()
+        set_default_router(self.router)
+        if self._vae_module is not None:
+            self._route_vae(self._vae_module)
+
+    def remove(self) -> None:
+        """Take everything back."""
+        set_default_router(None)
+        for name, code in self._codes.items():
+            vars(self._vae_module)[name].__code__ = code
+        self._codes.clear()
+        if self._vae_module is not None:
+            vars(self._vae_module).pop(_GLOBAL, None)
+        if self._installed is not None:
+            self._installed.__exit__(None, None, None)
+            self._installed = None
+
+    def account(self) -> dict[str, Any]:
+        """What was asked for, what ran and what was refused since the start, as plain data."""
+        self.router.flush_idle()
+        record = self.router.idle_session.record
+        node = record.nodes()["environment"].as_dict()
+        return {**{key: node[key] for key in ("requested", "observed", "refused")}, "notes": record.notes}
+
+    def _route_vae(self, module: ModuleType) -> None:
+        """VAEs hold these functions on their instances, made before and after: so the functions change inside."""
+        originals = {}
+        for name in _VAE_FUNCTIONS:
+            function = vars(module).get(name)
+            if isinstance(function, FunctionType) and not function.__code__.co_freevars:
+                self._codes[name] = function.__code__
+                originals[name] = FunctionType(function.__code__, function.__globals__, name)
+                scope: dict[str, Any] = {}
+                exec(f"def {name}(q, k, v): return {_GLOBAL}({name!r}, q, k, v)", scope)
+                function.__code__ = scope[name].__code__
+        vars(module)[_GLOBAL] = lambda name, q, k, v: self._vae_attention(originals[name], q, k, v)
+
+    def _vae_attention(self, original: FunctionType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """One head over all positions: (B, C, …) is (B, 1, N, C) to a kernel. `original` has the same arguments."""
+        if CURRENT.get() is not None:
+            out: torch.Tensor = original(q, k, v)
+            return out
+        batch, channels = q.shape[:2]
+        rows = [t.reshape(batch, 1, channels, -1).transpose(2, 3) for t in (q, k, v)]
+
+        def host(*_args: Any, **_options: Any) -> torch.Tensor:
+            result: torch.Tensor = original(q, k, v)
+            return result.reshape(batch, 1, channels, -1).transpose(2, 3)
+
+        out = self.router.route(host, *rows, 1, skip_reshape=True, skip_output_reshape=True)
+        return out.transpose(2, 3).reshape(q.shape)
+
+
+def summary(machine: Machine, name: str | None) -> list[str]:
+    """The lines of the start-up block: the machine, and what computes attention where no node says otherwise."""
+    lines = ["GPU Configuration Summary"]
+    for device in machine.devices:
+        kind = f"{device.architecture.value}, {device.sm}" if device.sm else device.architecture.value
+        room = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
+        lines.append(f"  {device.name}: {device.title} ({kind}){room}")
+    parts = [f"torch {machine.torch}", f"CUDA {machine.cuda or 'none'}", f"Triton {machine.triton or 'none'}"]
+    lines.append(f"  {', '.join(parts)}, Python {machine.python}, {machine.system}")
+    packages = [f"{package} {version}".strip() for package, version in machine.packages.items() if package != "triton"]
+    lines.append(f"  attention packages: {', '.join(packages) or 'none'}")
+    own = f"ComfyUI's own, {machine.host_attention or 'unknown'}"
+    if machine.host_flag:
+        own += f" by {machine.host_flag}"
+    if name is None:
+        lines.append(f"  Selected Mechanism: host ({own}; nodes and {VARIABLE} can name another)")
+    else:
+        lines.append(f"  Selected Mechanism: {name} ({VARIABLE}; where it cannot run: {own})")
+    return lines
