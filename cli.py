@@ -10,6 +10,7 @@ from typing import Any
 
 from .attention.listing import kernel_rows
 from .attention.machine import Machine, read_machine
+from .doctor.cache_command import add_cache
 from .doctor.commands import add_quarantine
 
 
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     env.add_argument("--fast", action="store_true", help="also consider 8-bit kernels, which change results slightly")
     env.add_argument("--write", type=Path, metavar="FILE", help="put the line into FILE, replacing only its own line")
     env.set_defaults(run=_env)
+    add_cache(commands, Path(__file__).parent)
     add_quarantine(commands, Path(__file__).parent)
     options = parser.parse_args(arguments)
     return int(options.run(options))
