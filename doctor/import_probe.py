@@ -28,7 +28,8 @@ except ImportError:
 CHILD = Path(__file__).with_name("import_child.py")
 LIMIT = 20.0  # seconds for all children together
 PATIENCE = 5.0  # seconds that a package may take at least before it counts as hung
-MEMORY = 8 << 30  # bytes that a child and what it started may hold; torch with CUDA and a package need 1 to 3 GiB
+# Bytes that a child and what it started may hold, and may in any case: torch with CUDA and a package need 1 to 3 GiB.
+MEMORY, LEAST_MEMORY = 8 << 30, 3 << 30
 # Source: Microsoft, [MS-ERREF] 2.3.1 NTSTATUS values.
 _NTSTATUS = {
     0xC0000005: "access violation",
@@ -64,10 +65,10 @@ def _how(code: int) -> str:
     """An exit status in words."""
     if code < 0:
         with contextlib.suppress(ValueError):
-            return f"ended the process with signal {-code} ({signal.Signals(-code).name})"
+            return f"ended that process with signal {-code} ({signal.Signals(-code).name})"
     if (code & 0xFFFFFFFF) in _NTSTATUS:
-        return f"ended the process with 0x{code & 0xFFFFFFFF:08X} ({_NTSTATUS[code & 0xFFFFFFFF]})"
-    return f"ended the process with exit code {code}"
+        return f"ended that process with 0x{code & 0xFFFFFFFF:08X} ({_NTSTATUS[code & 0xFFFFFFFF]})"
+    return f"ended that process with exit code {code}"
 
 
 class _Child:
@@ -158,7 +159,7 @@ def probe(
     before it; else the machine is slow and it is "undecided". Leaves no process and no file behind.
     """
     if psutil is not None:
-        memory = min(memory, max(psutil.virtual_memory().total // 2, 2 << 30))
+        memory = min(memory, max(psutil.virtual_memory().available // 2, LEAST_MEMORY))
     verdicts: dict[str, Verdict] = {}
     children: list[_Child] = []
     with tempfile.TemporaryDirectory(prefix="attune-", ignore_cleanup_errors=True) as folder:

@@ -5,6 +5,7 @@ Standard library only, and a few milliseconds: this runs at every start.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -143,17 +144,19 @@ def _driver() -> list[str]:
     """What tells that the NVIDIA driver or the GPUs have changed, without asking the driver."""
     if os.name == "nt":
         library = Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvcuda.dll"
-        try:
-            stat = library.stat()
-        except OSError:
-            return []
-        return [f"{stat.st_size} {stat.st_mtime_ns}"]
-    proc, said = Path("/proc/driver/nvidia"), []
-    for file in (proc / "version", *sorted(proc.glob("gpus/*/information"))):
-        try:
-            said += [line for line in file.read_text("utf-8", "replace").splitlines() if "Minor" not in line]
-        except OSError:
-            continue
+    else:
+        library = Path("/usr/lib/wsl/lib/libcuda.so.1")  # Linux under Windows has no NVIDIA folder in /proc.
+    said = []
+    with contextlib.suppress(OSError):
+        stat = library.stat()
+        said.append(f"{stat.st_size} {stat.st_mtime_ns}")
+    proc = Path("/proc/driver/nvidia")
+    for file, wanted in (
+        (proc / "version", ""),
+        *((file, "Model:") for file in sorted(proc.glob("gpus/*/information"))),
+    ):
+        with contextlib.suppress(OSError):  # The other lines of these files may change from boot to boot.
+            said += [line for line in file.read_text("utf-8", "replace").splitlines() if line.startswith(wanted)]
     return said
 
 

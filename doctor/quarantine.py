@@ -124,9 +124,9 @@ class Finding:
     stops_host: bool
 
 
-def _stored(installed: dict[str, Installed], state: State, around: str) -> dict[str, Verdict]:
-    """The stored verdicts that hold here and now."""
-    found, kept_away = {}, set(state.added)
+def _stored(installed: dict[str, Installed], state: State, around: str) -> tuple[dict[str, Verdict], set[str]]:
+    """The stored verdicts that hold here and now, and the packages that are hidden because of them or on request."""
+    found, kept_away = {}, set(state.added).intersection(WATCHED)
     for name, package in installed.items():
         key = fingerprint(package, around)
         verdict = state.verdicts.get(name, {}).get(key)
@@ -134,10 +134,10 @@ def _stored(installed: dict[str, Installed], state: State, around: str) -> dict[
             found[name] = verdict
             if verdict.harmful and key not in state.lifted:
                 kept_away.add(name)
-    return {name: verdict for name, verdict in found.items() if set(verdict.hidden) <= kept_away}
+    return {name: verdict for name, verdict in found.items() if set(verdict.hidden) <= kept_away}, kept_away
 
 
-def _probe(packages: list[Installed], added: tuple[str, ...]) -> dict[str, Verdict]:
+def _probe(packages: list[Installed], hidden: tuple[str, ...]) -> dict[str, Verdict]:
     """Verdicts of children, announced by one line."""
     from .import_probe import LIMIT, PATIENCE, probe
 
@@ -148,12 +148,12 @@ def _probe(packages: list[Installed], added: tuple[str, ...]) -> dict[str, Verdi
         LIMIT,
     )
     names, started = [package.name for package in packages], time.monotonic()
-    verdicts = probe(names, hide=added)
+    verdicts = probe(names, hide=hidden)
     # Others import flash_attn where it is there: they may be fine once it is not.
     again = [name for name in names if name != "flash_attn" and verdicts[name].harmful]
     left = LIMIT - (time.monotonic() - started)
     if again and left > PATIENCE and "flash_attn" in verdicts and verdicts["flash_attn"].harmful:
-        second = probe(again, (*added, "flash_attn"), left)
+        second = probe(again, (*hidden, "flash_attn"), left)
         verdicts |= {name: verdict for name, verdict in second.items() if verdict.outcome in ("works", "cannot import")}
     return verdicts
 
@@ -167,10 +167,10 @@ def examine(file: Store, names: Iterable[str] = WATCHED) -> list[Finding]:
     metadata = metadata_names()
     installed = {name: package for name in names if (package := find(name, metadata)) is not None}
     around = environment(metadata) if installed else ""
-    verdicts = _stored(installed, state, around)
+    verdicts, kept_away = _stored(installed, state, around)
     new = [package for name, package in installed.items() if name not in verdicts and name not in state.added]
     if new:
-        fresh = _probe(new, tuple(name for name in state.added if name in WATCHED))
+        fresh = _probe(new, tuple(sorted(kept_away)))
         lasting = {name: verdict for name, verdict in fresh.items() if verdict.outcome not in ("undecided", "unknown")}
         _say_what_is_better(lasting, state, installed)
 

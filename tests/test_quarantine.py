@@ -25,6 +25,8 @@ from comfyui_attune.doctor.store import home
 from comfyui_attune.doctor.verdict import Verdict
 from support.loading import ROOT
 
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="uses sleep() of the C library")
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -121,6 +123,17 @@ def test_an_import_that_never_ends_is_hung_and_what_it_started_is_ended(place):
     assert not [child for child in psutil.Process().children() if "import_child.py" in " ".join(child.cmdline())]
 
 
+@pytest.mark.parametrize("kind", ["loop", pytest.param("loop in C", marks=needs_posix)])
+def test_a_child_whose_starter_is_gone_ends_itself(place, tmp_path, kind):
+    make(place, "xformers", kind)
+    request = {"package": "xformers", "path": sys.path, "hide": [], "result": str(tmp_path / "said"), "limit": 1}
+    (tmp_path / "request").write_text(json.dumps(request), "utf-8")
+    child = subprocess.run(
+        [sys.executable, str(import_probe.CHILD), str(tmp_path / "request")], capture_output=True, timeout=30
+    )
+    assert child.returncode == 1 and b"Timeout" in child.stderr
+
+
 def test_a_slow_machine_makes_no_package_hung(place):
     """torch took longer than there was left for the package: nothing is known about the package."""
     (place / "torch" / "__init__.py").write_text("import time\ntime.sleep(1.2)\n")
@@ -163,7 +176,9 @@ def test_no_python_to_start_means_nothing_is_known(place, monkeypatch):
 
 def test_a_hidden_package_looks_as_if_it_were_not_installed(place):
     make(place, "flash_attn", "fine")
+    make(place, "xformers", "fine")
     assert importlib.metadata.version("flash-attn") == "9.9.1"
+    assert "flash_attn" in importlib.metadata.packages_distributions()
     quarantine.hide("flash_attn")
     with pytest.raises(ModuleNotFoundError) as raised:
         importlib.import_module("flash_attn")
@@ -174,9 +189,10 @@ def test_a_hidden_package_looks_as_if_it_were_not_installed(place):
     for name in ("flash-attn", "flash_attn", "Flash.Attn"):
         with pytest.raises(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(name)
-    assert "flash_attn" not in importlib.metadata.packages_distributions()
+    listed = importlib.metadata.packages_distributions()
+    assert "flash_attn" not in listed and "xformers" in listed
     names = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    assert "flash-attn" not in names and "torch" in names
+    assert "flash-attn" not in names and {"xformers", "torch"} <= names
     quarantine.release("flash_attn")
     assert importlib.import_module("flash_attn").flash_attn_func
     assert importlib.metadata.version("flash-attn") == "9.9.1"
@@ -253,11 +269,37 @@ def test_xformers_is_kept_where_only_flash_attn_below_it_is_broken(place, state,
     for _ in range(2):
         assert [finding.name for finding in quarantine.examine(state) if finding.hidden] == ["flash_attn"]
     assert probed == [["flash_attn", "xformers"], ["xformers"]]
+    # A changed xformers is judged as it will be imported: without flash_attn.
+    (place / "xformers" / "ops.py").write_text("changed = True\n")
+    assert [finding.name for finding in quarantine.examine(state) if finding.hidden] == ["flash_attn"]
+    assert probed.pop() == ["xformers"] and len(probed) == 2
     # That verdict holds only as long as flash_attn is away.
     state.update(lambda state: state.lifted.extend(state.verdicts["flash_attn"]))
     quarantine.examine(state)
     assert probed[2:] == [["xformers"]]
     assert next(reversed(state.read().verdicts["xformers"].values())).outcome == "raises"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+def test_diffusers_is_importable_with_the_flash_attn_that_breaks_it(tmp_path):
+    make(tmp_path / "site", "flash_attn", "schema", "2.5.7")
+    make(tmp_path / "site", "xformers", "needs flash_attn")
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('prestartup_script', sys.argv[1])\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "from diffusers import AutoencoderKL, FluxPipeline\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "prestartup_script.py")]
+    on_path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, "PYTHONPATH": on_path, "ATTUNE_HOME": str(tmp_path / "state")}
+    # Never from the repository: `kernels` there would be taken for PyPI's.
+    broken = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**env, "ATTUNE_QUARANTINE": "off"}
+    )
+    assert broken.returncode and "philox_seed" in broken.stderr
+    kept = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert kept.returncode == 0, kept.stderr
 
 
 # What is kept
@@ -420,8 +462,10 @@ def test_what_runs_before_torch_uses_the_standard_library_only(name):
         assert tops <= set(sys.stdlib_module_names) | extra, (name, tops)
 
 
+# The first line: what ComfyUI has imported before it runs the script.
 PRESTARTUP = """
-import importlib.util, json, sys, time
+import dataclasses, hashlib, json, logging, platform, tempfile
+import importlib.util, sys, time
 def run():
     started = time.perf_counter()
     spec = importlib.util.spec_from_file_location("prestartup_script", sys.argv[1])
@@ -435,7 +479,7 @@ def prestartup(place):
     """What prestartup_script.py does in a process of its own: (seconds, modules, hidden)."""
     done = subprocess.run(
         [sys.executable, "-c", PRESTARTUP, str(ROOT / "prestartup_script.py")],
-        capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": str(place)},
+        capture_output=True, text=True, encoding="utf-8", cwd=place, env={**os.environ, "PYTHONPATH": str(place)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

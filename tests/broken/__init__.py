@@ -3,6 +3,7 @@
 The kinds are what users report (KERNELS.md §2) and what a package could do at worst.
 """
 
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -20,10 +21,11 @@ CODE = {
     "os exit": 'import os, sys\nprint("CUDA error: no kernel image", file=sys.stderr, flush=True)\nos._exit(1)',
     "segfault": "import ctypes\nctypes.string_at(0)",
     "loop": "while True:\n    pass",
+    "loop in C": "import ctypes\nctypes.PyDLL(None).sleep(600)",  # with the interpreter's lock held
     "memory": 'held = []\nwhile True:\n    held.append(bytearray(b"x") * (32 << 20))',
     "chatter": 'for _ in range(200):\n    print("x" * 100_000, flush=True)',
     "search path": 'import sys\nsys.path.insert(0, "/nowhere/of/{name}")',
-    "patches torch": "import torch\ntorch.matmul = lambda *args, **kwargs: None",
+    "patches torch": "import torch\nreal = torch.matmul\ntorch.matmul = lambda *args, **others: real(*args, **others)",
     "grandchild": """
         import subprocess, sys
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -63,12 +65,12 @@ def make(folder: Path, package: str, kind: str, version: str = "9.9.1") -> Path:
     if package == "xformers":
         (place / "ops.py").write_text("def memory_efficient_attention(q, k, v, **kwargs): raise NotImplementedError\n")
     for old in folder.glob(f"{package}-*.dist-info"):
-        (old / "METADATA").unlink()
-        old.rmdir()
+        shutil.rmtree(old)
     metadata = folder / f"{package}-{version}.dist-info"
     metadata.mkdir()
     name = package.replace("_", "-")
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
+    (metadata / "top_level.txt").write_text(f"{package}\n", "utf-8")
     return folder
 
 
