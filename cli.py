@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from .attention.listing import kernel_rows
 from .attention.machine import Machine, read_machine
 from .doctor.cache_command import add_cache
 from .doctor.commands import add_quarantine
+from .doctor.doctor_command import add_doctor
+from .doctor.get_command import add_get
+from .doctor.hub import announce
+from .doctor.store import home
 
 
 def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -35,6 +40,12 @@ def _kernels(options: argparse.Namespace) -> int:
     else:
         _print_table(rows, machine)
     return 0
+
+
+def _all_kernels() -> tuple[Any, ...]:
+    from .kernels import KERNELS
+
+    return KERNELS
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -69,7 +80,19 @@ def main(arguments: list[str] | None = None) -> int:
     env.add_argument("--fast", action="store_true", help="also consider 8-bit kernels, which change results slightly")
     env.add_argument("--write", type=Path, metavar="FILE", help="put the line into FILE, replacing only its own line")
     env.set_defaults(run=_env)
+    add_doctor(commands, Path(__file__).parent, _all_kernels)
     add_cache(commands, Path(__file__).parent)
+    add_get(commands, Path(__file__).parent)
     add_quarantine(commands, Path(__file__).parent)
     options = parser.parse_args(arguments)
-    return int(options.run(options))
+    announce(home(Path(__file__).parent))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a Windows console may lack letters of a path
+    try:
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

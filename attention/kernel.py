@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -44,7 +44,8 @@ class Needs:
 
     `sm` holds closed ranges of compute capability and is asked only of CUDA devices. `head_dims` is a set of
     dimensions, or a range with step (`range(8, 257, 8)`). `machine_rules` are asked without a call, `call_rules` with
-    one; each gives a reason or None.
+    one; each gives a reason or None. `package_rules` are asked like `machine_rules` and say that what is installed
+    under the package's name is something else, so that a fetched kernel may take its place.
     """
 
     devices: frozenset[str] = frozenset({"cuda"})
@@ -59,6 +60,7 @@ class Needs:
     max_batch: int = 2**31
     max_batch_heads: int = 2**31
     triton: bool = False
+    package_rules: tuple[MachineRule, ...] = ()
     machine_rules: tuple[MachineRule, ...] = ()
     call_rules: tuple[ExtraRule, ...] = ()
 
@@ -108,7 +110,16 @@ def machine_reasons(kernel: Kernel, machine: Machine, device: Device | None = No
     device = device or machine.main_device
     needs = kernel.needs
     reasons = []
-    if kernel.package not in ("", "torch") and kernel.package not in machine.packages:
+    not_this = [reason for rule in needs.package_rules if (reason := rule(device, machine))]
+    missing = kernel.package not in ("", "torch") and kernel.package not in machine.packages
+    if (missing or not_this) and (fetched := machine.fetched.get(kernel.name)) is not None:
+        _folder, refused = fetched
+        if refused:
+            reasons.append(refused)
+        # The rules below are about the fetched kernel, of which no package's version tells anything.
+        others = {name: version for name, version in machine.packages.items() if name != kernel.package}
+        machine, not_this = replace(machine, packages=others), []
+    elif missing:
         reasons.append(
             f"package {kernel.package} is not installed" + (f" ({kernel.install})" if kernel.install else "")
         )
@@ -119,6 +130,7 @@ def machine_reasons(kernel: Kernel, machine: Machine, device: Device | None = No
         reasons.append(f"needs {_sm_text(needs.sm)}, this GPU is {device.sm} ({device.architecture.value})")
     if needs.triton and machine.triton is None:
         reasons.append("needs Triton, which is not installed")
+    reasons += not_this
     reasons += [reason for rule in needs.machine_rules if (reason := rule(device, machine))]
     return tuple(reasons)
 

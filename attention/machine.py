@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 
@@ -70,12 +71,20 @@ class Device:
 CPU = Device("cpu", platform.processor() or platform.machine() or "CPU", Architecture.CPU)
 
 
+class Fetched(NamedTuple):
+    """A prebuilt kernel that the user fetched: its folder, and why it cannot be used here ("" where it can)."""
+
+    folder: str
+    refused: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a decision may know about the machine. Versions are as the packages write them; None: not there.
 
     `packages` maps import names to versions ("" where installed without metadata). `host_attention` is the host's
-    own attention function, `host_flag` the launch flag that chose it (both "" without a host).
+    own attention function, `host_flag` the launch flag that chose it (both "" without a host). `fetched` maps names of
+    kernels to what the user fetched for them, which takes the place of a package that is not installed.
     """
 
     devices: tuple[Device, ...] = (CPU,)
@@ -87,6 +96,7 @@ class Machine:
     packages: Mapping[str, str] = field(default_factory=dict)
     host_attention: str = ""
     host_flag: str = ""
+    fetched: Mapping[str, Fetched] = field(default_factory=dict)
 
     def device(self, name: str) -> Device:
         """The device called `name`; one that is not known is of an unknown architecture."""
@@ -179,6 +189,20 @@ def installed_packages() -> dict[str, str]:
     return {name: _version(dists) for name, dists in PACKAGES.items() if _installed(name)}
 
 
+_fetched: dict[str, Fetched] = {}
+
+
+def offer_fetched(fetched: Mapping[str, Fetched]) -> None:
+    """Say which kernels the user has fetched. Call it before read_machine(); it replaces what was said before."""
+    _fetched.clear()
+    _fetched.update({name: Fetched(*entry) for name, entry in fetched.items()})  # lists, once they have been JSON
+
+
+def fetched_kernel(name: str) -> Fetched | None:
+    """What was fetched for the kernel `name`, as offer_fetched() was told."""
+    return _fetched.get(name)
+
+
 def _cuda_devices() -> list[Device]:
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -221,4 +245,5 @@ def read_machine(host_attention: str = "", host_flag: str = "") -> Machine:
         packages=packages,
         host_attention=host_attention,
         host_flag=host_flag,
+        fetched=dict(_fetched),
     )

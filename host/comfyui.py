@@ -28,6 +28,8 @@ from ..attention.policy import Policy, Rule
 from ..attention.record import Record
 from ..attention.router import Router
 from ..attention.session import Forward, Session
+from ..doctor.hub import announce
+from ..doctor.store import home
 from ..kernels import KERNELS
 from . import trampoline
 from .default import Default, summary, wanted_kernel
@@ -65,6 +67,7 @@ def host_flag() -> str:
 
 @functools.cache
 def machine() -> Machine:
+    announce(home())
     chosen = trampoline.plain(host_attention.optimized_attention)
     return read_machine(getattr(chosen, "__name__", "").removeprefix("attention_"), host_flag())
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from ..attention.call import AttentionCall, MaskKind
+from ..attention.hub_package import hub_package
 from ..attention.kernel import MachineRule, Run
-from ..attention.machine import Device, Machine
+from ..attention.machine import CPU, Device, Machine, fetched_kernel, installed_packages
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 FULL = HALF | {torch.float32}
@@ -57,6 +61,28 @@ def needs_version(package: str, *, at_least: str = "", below: str = "", why: str
         return f"needs {package} {wanted}, installed is {machine.packages[package]}" + (f": {why}" if why else "")
 
     return rule
+
+
+def source(name: str, package: str, module: str, package_rules: tuple[MachineRule, ...] = ()) -> ModuleType:
+    """What the kernel `name` is loaded from: `module` of the installed package, else what the user fetched.
+
+    The choice is that of machine_reasons(): a package that is installed and broken is not replaced.
+    """
+    fetched = fetched_kernel(name)
+    if fetched is not None:
+        machine = Machine(packages=installed_packages())
+        if package not in machine.packages or any(rule(CPU, machine) for rule in package_rules):
+            if fetched.refused:
+                raise ImportError(fetched.refused)
+            return _from_folder(fetched.folder)
+    return importlib.import_module(module)
+
+
+@functools.lru_cache(maxsize=16)
+def _from_folder(folder: str) -> ModuleType:
+    """A kernel in the layout of the Hugging Face Hub. Nothing is asked of the network."""
+    module: ModuleType = hub_package().get_local_kernel(Path(folder))
+    return module
 
 
 def needs_nvidia(device: Device, _machine: Machine) -> str | None:

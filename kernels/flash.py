@@ -6,13 +6,12 @@ FlashAttention 3), flash-attn-4 4.0.0b4 to 4.0.0b36 (flash_attn/cute/interface.p
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
 
 from ..attention.call import AttentionCall, Layout
-from ..attention.kernel import Kernel, Needs, Run
+from ..attention.kernel import Kernel, MachineRule, Needs, Run
 from ..attention.machine import Device, Machine
 from ._common import (
     EXACT,
@@ -23,6 +22,7 @@ from ._common import (
     on_device,
     padded_bytes,
     rows,
+    source,
     upright,
     upright_bytes,
     version_of,
@@ -32,9 +32,9 @@ _URL = "https://github.com/Dao-AILab/flash-attention"
 _TOLERANCE = {dtype: EXACT[dtype] for dtype in HALF}
 
 
-def _loader(module: str) -> Callable[[], Run]:
+def _loader(name: str, package: str, module: str, *package_rules: MachineRule) -> Callable[[], Run]:
     def load() -> Run:
-        attend = importlib.import_module(module).flash_attn_func
+        attend = source(name, package, module, package_rules).flash_attn_func
 
         def run(
             q: torch.Tensor,
@@ -107,12 +107,13 @@ KERNELS = (
         layout=Layout.BNHD,
         precision="exact",
         tolerance=_TOLERANCE,
-        load=_loader("flash_attn"),
+        load=_loader("flash2", "flash_attn", "flash_attn", _really_version_2),
         needs=Needs(
             sm=(((8, 0), (999, 9)),),
             head_dims=range(1, 257),
             gqa=True,
-            machine_rules=chosen(_really_version_2, needs_version("flash_attn", at_least="2.0", below="3")),
+            package_rules=(_really_version_2,),
+            machine_rules=chosen(needs_version("flash_attn", at_least="2.0", below="3")),
         ),
         install="pip install flash-attn --no-build-isolation (compiles; needs the CUDA toolkit)",
         url=_URL,
@@ -125,7 +126,7 @@ KERNELS = (
         layout=Layout.BNHD,
         precision="exact",
         tolerance=_TOLERANCE,
-        load=_loader("flash_attn_interface"),
+        load=_loader("flash3", "flash_attn_interface", "flash_attn_interface"),
         # Its source accepts sm_80 and newer, its builds hold Hopper's kernels; elsewhere its check ends the process.
         needs=Needs(sm=(((9, 0), (9, 0)),), head_dims=range(8, 257, 8), gqa=True, machine_rules=chosen()),
         install="build the folder hopper of github.com/Dao-AILab/flash-attention",
@@ -139,12 +140,13 @@ KERNELS = (
         layout=Layout.BNHD,
         precision="exact",
         tolerance=_TOLERANCE,
-        load=_loader("flash_attn.cute.interface"),
+        load=_loader("flash4", "flash_attn.cute", "flash_attn.cute.interface", _really_version_4),
         needs=Needs(
             sm=(((8, 0), (12, 9)),),
             head_dims=range(8, 257, 8),
             gqa=True,
-            machine_rules=chosen(_really_version_4, _arch_of_version_4),
+            package_rules=(_really_version_4,),
+            machine_rules=chosen(_arch_of_version_4),
             call_rules=(_dims_of_version_4,),
         ),
         install="pip install --pre flash-attn-4",

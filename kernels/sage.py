@@ -7,7 +7,7 @@ them apart by version, no mask is ever handed over.
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +26,7 @@ from ._common import (
     needs_version,
     on_device,
     rows,
+    source,
     upright,
     upright_bytes,
 )
@@ -35,12 +36,14 @@ _INSTALL_2 = "build SageAttention 2 from github.com/thu-ml/SageAttention"
 _HOPPER = (9, 0)
 
 
-def _function(name: str) -> Callable[..., torch.Tensor]:
-    """A function of the installed sageattention; ImportError names it where it is missing."""
-    module = importlib.import_module("sageattention")
+def _function(kernel: str, name: str) -> Callable[..., torch.Tensor]:
+    """A function of what `kernel` is loaded from; ImportError names it where it is missing."""
+    module = source(kernel, "sageattention", "sageattention", () if kernel == "sage1" else (_IS_2,))
+    # The Hub's build exports few functions and has the others in its module `core`.
     found: Callable[..., torch.Tensor] | None = getattr(module, name, None)
+    found = found or getattr(getattr(module, "core", None), name, None)
     if found is None:
-        raise ImportError(f"the installed sageattention ({module.__file__}) has no {name}")
+        raise ImportError(f"the sageattention in {module.__file__} has no {name}")
     return found
 
 
@@ -50,7 +53,7 @@ def _no_mask(mask: torch.Tensor | None) -> None:
 
 
 def _load_1() -> Run:
-    attend = _function("sageattn")
+    attend = _function("sage1", "sageattn")
 
     def run(
         q: torch.Tensor,
@@ -68,11 +71,12 @@ def _load_1() -> Run:
     return on_device(run)
 
 
-def _loader_2(name: str, **options: Any) -> Callable[[], Run]:
+def _loader_2(kernel: str, name: str, **options: Any) -> Callable[[], Run]:
     """`sageattn_qk_int8_pv_<name>`; on Hopper the function written for it takes the place of fp8_cuda."""
 
     def load() -> Run:
-        function = _function(f"sageattn_qk_int8_pv_{name}")
+        function = _function(kernel, f"sageattn_qk_int8_pv_{name}")
+        on_hopper = functools.cache(lambda: _function(kernel, "sageattn_qk_int8_pv_fp8_cuda_sm90"))
 
         def run(
             q: torch.Tensor,
@@ -87,7 +91,7 @@ def _loader_2(name: str, **options: Any) -> Callable[[], Run]:
             attend, extra = function, options
             gpu = capability(q)
             if name == "fp8_cuda" and gpu == _HOPPER:
-                attend = _function("sageattn_qk_int8_pv_fp8_cuda_sm90")
+                attend = on_hopper()
             elif name == "fp8_cuda" and gpu is not None and gpu[0] == 12:
                 # As its own dispatch does there.
                 extra = {**options, "qk_quant_gran": "per_warp"}
@@ -149,7 +153,8 @@ def _kernel_2(
             head_dims=range(1, 129),
             gqa=True,
             triton=True,
-            machine_rules=chosen(_IS_2, _old_on_blackwell, *rules),
+            package_rules=(_IS_2,),
+            machine_rules=chosen(_old_on_blackwell, *rules),
         ),
         install=_INSTALL_2,
         url=_URL,
@@ -185,25 +190,31 @@ KERNELS = (
         url=_URL,
         workspace_bytes=_workspace_1,
     ),
-    _kernel_2("sage2_fp16_triton", "SageAttention 2 (16-bit PV, Triton)", _loader_2("fp16_triton"), _TRITON, 0.04),
+    _kernel_2(
+        "sage2_fp16_triton",
+        "SageAttention 2 (16-bit PV, Triton)",
+        _loader_2("sage2_fp16_triton", "fp16_triton"),
+        _TRITON,
+        0.04,
+    ),
     _kernel_2(
         "sage2_fp16_cuda",
         "SageAttention 2 (16-bit PV, CUDA)",
-        _loader_2("fp16_cuda", pv_accum_dtype="fp32"),
+        _loader_2("sage2_fp16_cuda", "fp16_cuda", pv_accum_dtype="fp32"),
         _FP16,
         0.04,
     ),
     _kernel_2(
         "sage2_fp8_cuda",
         "SageAttention 2 (8-bit PV, CUDA)",
-        _loader_2("fp8_cuda", pv_accum_dtype="fp32+fp32"),
+        _loader_2("sage2_fp8_cuda", "fp8_cuda", pv_accum_dtype="fp32+fp32"),
         _FP8,
         0.07,
     ),
     _kernel_2(
         "sage2_fp8_cuda_pp",
         "SageAttention 2++ (8-bit PV, 16-bit accumulator)",
-        _loader_2("fp8_cuda", pv_accum_dtype="fp32+fp16"),
+        _loader_2("sage2_fp8_cuda_pp", "fp8_cuda", pv_accum_dtype="fp32+fp16"),
         _PP,
         0.1,
         # Before 2.2.0 the accumulator is unknown, and an unknown one returns uninitialised memory without an error.

@@ -15,24 +15,25 @@ import torch
 from ..attention.call import AttentionCall, Layout
 from ..attention.kernel import Kernel, Needs, Run
 from ..attention.machine import Machine
-from ._common import HALF, chosen, counts, needs_cuda, on_device
+from ._common import HALF, chosen, counts, needs_cuda, on_device, source
 
 _BLOCK = 128  # tokens are padded to multiples of it
 
 
-def _function() -> Callable[..., torch.Tensor]:
+def _function(kernel: str) -> Callable[..., torch.Tensor]:
     """Newer builds export the function from the package, older ones only from its module `api`."""
-    found: Callable[..., torch.Tensor] | None = getattr(
-        importlib.import_module("sageattn3"), "sageattn3_blackwell", None
-    )
+    module = source(kernel, "sageattn3", "sageattn3")
+    found: Callable[..., torch.Tensor] | None = getattr(module, "sageattn3_blackwell", None)
+    if found is None and module.__name__ != "sageattn3":
+        raise ImportError(f"the fetched kernel in {module.__file__} has no sageattn3_blackwell")
     if found is None:
         found = importlib.import_module("sageattn3.api").sageattn3_blackwell
     return found
 
 
-def _loader(per_block_mean: bool) -> Callable[[], Run]:
+def _loader(kernel: str, per_block_mean: bool) -> Callable[[], Run]:
     def load() -> Run:
-        attend = _function()
+        attend = _function(kernel)
 
         def run(
             q: torch.Tensor,
@@ -93,7 +94,7 @@ def _kernel(name: str, title: str, per_block_mean: bool, memory: Callable[[Atten
         precision="lossy",
         # 4-bit numbers; a wide guess until it is measured on a GPU.
         tolerance=dict.fromkeys(HALF, 0.3),
-        load=_loader(per_block_mean),
+        load=_loader(name, per_block_mean),
         needs=Needs(
             sm=(((12, 0), (12, 1)),),
             head_dims=frozenset({64, 128}),

@@ -1,0 +1,194 @@
+"""The doctor's findings as text, as JSON, and as a file for a bug report that says nothing about its user."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import platform
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..attention.machine import Device, Machine
+from .diagnose import Diagnosis
+from .trials import machine_as_json
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one look at the machine found. `elsewhere`: rows of kernels that exist only inside ComfyUI."""
+
+    machine: Machine
+    device: Device
+    diagnoses: Sequence[Diagnosis]
+    outlook: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+    elsewhere: Sequence[dict[str, Any]] = ()
+
+
+def _figure(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds < 10 else f"{milliseconds:.0f}"
+
+
+def summary(one: Diagnosis) -> str:
+    """The table's last column: one line."""
+    verdict = one.verdict
+    if verdict.works:
+        error = f"error {verdict.error:.2g} ({verdict.allowed:.2g} allowed)" if verdict.error is not None else ""
+        time = f"{_figure(verdict.milliseconds)} ms ({verdict.timed})" if verdict.milliseconds is not None else ""
+        return ", ".join(part for part in (error, time, f"{verdict.calls} calls compared") if part)
+    if one.helpless:
+        return one.cause
+    if verdict.outcome == "not installed":
+        return one.cause
+    return verdict.detail.partition("\n")[0]
+
+
+def _indented(text: str, by: str = "    ") -> str:
+    return "\n".join(f"{by}{line}" for line in text.splitlines())
+
+
+def _advice(names: Sequence[str], one: Diagnosis) -> str:
+    """What to do about kernels that share one diagnosis."""
+    lines = [f"{', '.join(names)}: {one.verdict.outcome}"]
+    if one.cause:
+        lines.append(f"  {one.cause}")
+    if one.cure is not None:
+        lines.append(f"  {one.cure.text}")
+        if one.cure.command:
+            lines.append(f"    {one.cure.command}")
+    if one.advice:
+        lines.append(f"  {one.advice}")
+    sources = [source for source in (one.cause_source, one.cure.source if one.cure else "") if source]
+    if sources:
+        lines.append(f"  Source: {'; '.join(dict.fromkeys(sources))}")
+    said = "\n".join(part for part in (one.verdict.detail if not one.verdict.reasons else "", one.verdict.raw) if part)
+    if said:
+        lines += ["  In its own words:", _indented(said)]
+    return "\n".join(lines)
+
+
+def _groups(diagnoses: Sequence[Diagnosis]) -> list[tuple[list[str], Diagnosis]]:
+    """Kernels of one package for which the same is to be said are told together."""
+    found: dict[Any, tuple[list[str], Diagnosis]] = {}
+    for one in diagnoses:
+        key = (one.kernel.package, one.verdict.outcome, one.cause, one.cure, one.advice, one.verdict.detail)
+        key = key if not one.verdict.reasons else key[:-1]
+        found.setdefault(key, ([], one))[0].append(one.kernel.name)
+    return list(found.values())
+
+
+def head(machine: Machine, device: Device) -> list[str]:
+    """The machine in two lines."""
+    memory = f", {device.memory / 2**30:.0f} GiB" if device.memory else ""
+    sm = f", {device.sm}" if device.sm else ""
+    versions = [
+        f"PyTorch {machine.torch}",
+        f"CUDA {machine.cuda}" if machine.cuda else "no CUDA",
+        f"Triton {machine.triton}" if machine.triton else "no Triton",
+        f"Python {machine.python}",
+        f"{machine.system} {platform.machine()}",
+    ]
+    packages = [f"{name} {version}".rstrip() for name, version in sorted(machine.packages.items()) if name != "triton"]
+    return [
+        f"{device.name}: {device.title} ({device.architecture.value}{sm}{memory})",
+        ", ".join(versions),
+        f"Attention packages: {', '.join(packages) or 'none'}",
+    ]
+
+
+def as_text(report: Report) -> str:
+    """One screen: the machine, a line for each kernel, what is best here, and what to do about what does not work."""
+    lines = [*head(report.machine, report.device), *report.remarks, ""]
+    rows = [(one.kernel.name, one.kernel.precision, one.verdict.outcome, summary(one)) for one in report.diagnoses]
+    rows += [(row["name"], row["precision"], row["status"], "; ".join(row["reasons"])) for row in report.elsewhere]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+        lines.append("  ".join([*cells, row[3]]).rstrip())
+    lines += ["", *report.outlook]
+    todo = [one for one in report.diagnoses if not one.helpless and (not one.verdict.works or one.advice)]
+    for names, one in _groups(todo):
+        lines += ["", _advice(names, one)]
+    return "\n".join(lines)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The same as data."""
+    kernels = []
+    for one in report.diagnoses:
+        cure = one.cure
+        kernels.append(
+            {
+                "name": one.kernel.name,
+                "title": one.kernel.title,
+                "precision": one.kernel.precision,
+                "package": one.kernel.package,
+                "version": one.version,
+                "verdict": one.verdict.as_json(),
+                "can_run_here": not one.helpless,
+                "cause": {"text": one.cause, "source": one.cause_source},
+                "cure": {"text": cure.text, "command": cure.command, "source": cure.source} if cure else None,
+                "advice": one.advice,
+            }
+        )
+    return {
+        "machine": machine_as_json(report.machine),
+        "device": report.device.name,
+        "remarks": list(report.remarks),
+        "outlook": list(report.outlook),
+        "kernels": kernels,
+        "elsewhere": list(report.elsewhere),
+    }
+
+
+_TOKENS = (
+    r"\b(hf|ghp|gho|ghs|ghu|github_pat|glpat|sk|pk|xox[a-z]|pypi|nvapi|r8)[-_][\w-]{8,}",
+    r"\bAKIA[0-9A-Z]{16}\b",
+    r"\beyJ[\w-]+\.[\w-]+\.[\w-]*",
+    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)",
+    r"(?<=://)[^/\s:@]+(?=@)",
+    r"(?i)(?<=bearer )\s*[\w.~+/=-]+",
+    r"(?i)(?<![a-z])(?:\w*(?:token|secret|password|passwd|api_?key|credential)\w*)[\"']?\s*[=:]\s*[\"']?[^\s\"',;]+",
+)
+_HOMES = r"(?i)([a-z]:)?([\\/]+)(users|home|documents and settings)([\\/]+)[^\\/\s\"':;,]+"
+_MAIL = r"[\w.+-]+@[\w-]+(\.[\w-]+)+"
+
+
+def _names() -> tuple[list[str], list[str]]:
+    """(home folders, names of the user and the computer), longest first."""
+    homes, names = {str(Path.home()), os.environ.get("USERPROFILE", ""), os.environ.get("HOME", "")}, set()
+    names |= {os.environ.get(name, "") for name in ("USER", "USERNAME", "LOGNAME", "COMPUTERNAME", "HOSTNAME")}
+    with contextlib.suppress(KeyError, OSError, ImportError):  # a user without a name
+        names.add(getpass.getuser())
+    names |= {socket.gethostname(), platform.node(), *(Path(home).name for home in homes if home)}
+    plain = [home for home in homes if len(home) > 3]
+    return sorted(plain, key=len, reverse=True), sorted(
+        (name for name in names if len(name) > 2), key=len, reverse=True
+    )
+
+
+def scrub(value: Any, homes: Sequence[str] | None = None, names: Sequence[str] | None = None) -> Any:
+    """`value` (text, or JSON data) without tokens, home folders, addresses, and names of users and computers."""
+    if homes is None or names is None:
+        homes, names = _names()
+    if isinstance(value, dict):
+        return {scrub(key, homes, names): scrub(part, homes, names) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrub(part, homes, names) for part in value]
+    if not isinstance(value, str):
+        return value
+    for pattern in _TOKENS:
+        value = re.sub(pattern, "<removed>", value)
+    value = re.sub(_MAIL, "<address>", value)
+    for home in homes:
+        slashes = r"[\\/]+".join(re.escape(part) for part in re.split(r"[\\/]+", home))
+        value = re.sub(rf"{slashes}(?![\w.-])", "<home>", value, flags=re.IGNORECASE)
+    value = re.sub(_HOMES, "<home>", value)
+    for name in names:
+        value = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "<name>", value, flags=re.IGNORECASE)
+    return value

@@ -1,0 +1,397 @@
+"""The kernel probe: real child processes against stand-ins and packages that go wrong, on a pretended GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import standins
+import torch
+
+from comfyui_attune.attention.machine import CPU, Architecture, Device, Machine, nvidia_architecture
+from comfyui_attune.doctor import probe as probing
+from comfyui_attune.doctor.kernel_verdict import KernelVerdict
+from comfyui_attune.doctor.trials import judge, machine_as_json, machine_from_json, prepare, trials
+from comfyui_attune.kernels import KERNELS
+from support.loading import ROOT
+
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+# A package for each way of going wrong. `right` computes attention on tensors of the order (B, N, H, D).
+HELPERS = """
+import os, sys
+import torch
+
+def right(q, k, v, scale=None, mask=None):
+    q, k, v = (t.transpose(1, 2).float() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
+    scores = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (scores @ v / scores.sum(-1, keepdim=True)).transpose(1, 2)
+
+calls = []
+"""
+PACKAGES = {
+    "sageattention": """
+        def sageattn_qk_int8_pv_fp16_triton(q, k, v, tensor_layout, sm_scale, **others):
+            return right(q, k, v, sm_scale).to(q.dtype) * float("nan")
+
+        def sageattn_qk_int8_pv_fp16_cuda(q, k, v, tensor_layout, sm_scale, **others):
+            # Plausible, and wrong: the last key is forgotten.
+            few = slice(None, -1)
+            return right(q, k[:, few], v[:, few], sm_scale).to(q.dtype)
+
+        def sageattn_qk_int8_pv_fp8_cuda(q, k, v, tensor_layout, sm_scale, **others):
+            calls.append(1)
+            if len(calls) == 2:
+                print("CUDA error: invalid argument", file=sys.stderr, flush=True)
+                os._exit(3)
+            return right(q, k, v, sm_scale).to(q.dtype)
+    """,
+    "flash_attn": """
+        import subprocess
+        from pathlib import Path
+
+        def flash_attn_func(q, k, v, softmax_scale=None):
+            other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            Path(os.environ["GRANDCHILD"]).write_text(str(other.pid))
+            while True:
+                pass
+    """,
+    "flash_attn_interface": """
+        import ctypes
+
+        def flash_attn_func(q, k, v, softmax_scale=None):
+            calls.append(1)
+            if len(calls) == 2:
+                ctypes.string_at(0)
+            return right(q, k, v, softmax_scale).to(q.dtype)
+    """,
+    "xformers.ops.fmha": """
+        import time
+
+        def memory_efficient_attention(q, k, v, attn_bias=None, scale=None, op=None):
+            held = []
+            while True:
+                held.append(bytearray(b"x") * (32 << 20))
+                time.sleep(0.01)
+    """,
+    "comfy_kitchen": """
+        print('{"outcome": "crashed"}')
+        for _ in range(100):
+            print("x" * 50_000)
+        sys.path.insert(0, "/nowhere")
+        torch.nn.functional.scaled_dot_product_attention = torch.softmax = lambda *a, **o: a[0] * 0
+
+        def int8_attention_is_available():
+            return True
+
+        def int8_attention(q, k, v, scale=None, attn_mask=None):
+            os.write(1, b'{"outcome": "hung"}')
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return right(q, k, v, scale, attn_mask).transpose(1, 2).to(q.dtype)
+    """,
+}
+AT_IMPORT = {
+    "sageattention": """
+        def sageattn_qk_int8_pv_fp16_triton(q, k, v, **others):
+            raise RuntimeError("SM80 kernel is not available")
+
+        def sageattn_qk_int8_pv_fp16_cuda(q, k, v, **others):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        def sageattn_qk_int8_pv_fp8_cuda(q, k, v, **others):
+            k -= 1
+            return q
+    """,
+    "flash_attn": 'raise RuntimeError("expected the aten::_flash_attention_forward schema")',
+    "flash_attn_interface": 'raise ImportError("flash_attn_3.so: undefined symbol: _ZN3c105ErrorC2E")',
+    "xformers.ops.fmha": "sys.exit(-1)",
+}
+HOPPER = Device("cuda:0", "a pretended H100", Architecture.HOPPER, (9, 0), 80 << 30)
+
+
+def pretended(device: Device = HOPPER, **packages: str) -> Machine:
+    return Machine((device, CPU), torch="2.11.0+cu130", cuda="13.0", triton="3.6.0", packages=packages)
+
+
+EVERYTHING = pretended(
+    sageattention="2.2.0", flash_attn="2.8.2", flash_attn_interface="3.0.0", xformers="0.0.35", comfy_kitchen="0.2.40"
+)
+
+
+def write(folder: Path, packages: dict[str, str]) -> Path:
+    for name, code in packages.items():
+        place = folder
+        for part in name.split("."):
+            place = place / part
+            place.mkdir(exist_ok=True)
+            (place / "__init__.py").touch()
+        (place / "__init__.py").write_text(HELPERS + textwrap.dedent(code), "utf-8")
+    return folder
+
+
+def chosen(*names: str) -> list[Any]:
+    return [BY_NAME[name] for name in names]
+
+
+def gone(pid: int) -> bool:
+    """No such process, or one that nobody has fetched yet."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid):
+            return True
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.Error:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def disasters(tmp_path_factory) -> dict[str, KernelVerdict]:
+    """What became of one kernel of each kind, all of them in one probe."""
+    folder = write(tmp_path_factory.mktemp("broken"), PACKAGES)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("GRANDCHILD", str(folder / "pid"))
+        names = ("flash2", "xformers", "flash3", "sage2_fp16_triton", "sage2_fp16_cuda", "sage2_fp8_cuda")
+        kernels = chosen(*names, "kitchen_int8", "sage3")
+        told = []
+        found = probing.probe(
+            kernels,
+            EVERYTHING,
+            ROOT,
+            tensors="cpu",
+            patience=6,
+            memory=1500 << 20,
+            at_once=3,
+            told=lambda name, _verdict: told.append(name),
+        )
+    assert sorted(told) == sorted(found) == sorted(kernel.name for kernel in kernels)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert gone(int((folder / "pid").read_text()))
+    return found
+
+
+def test_nan_is_wrong_numbers(disasters):
+    verdict = disasters["sage2_fp16_triton"]
+    assert (verdict.outcome, verdict.calls) == ("wrong numbers", 1)
+    assert verdict.detail.startswith("NaN or infinity in the output for float16, 257 queries on 257 keys")
+    assert verdict.error is None
+    json.dumps(verdict.as_json(), allow_nan=False)
+
+
+def test_plausible_but_wrong_numbers_are_found_by_their_error(disasters):
+    verdict = disasters["sage2_fp16_cuda"]
+    assert verdict.outcome == "wrong numbers"
+    assert verdict.error > verdict.allowed == 0.04
+    assert f"relative error {verdict.error:.2g} where 0.04 is allowed" in verdict.detail
+
+
+def test_an_exit_at_the_second_call_is_a_crash_with_its_last_words(disasters):
+    verdict = disasters["sage2_fp8_cuda"]
+    assert verdict.outcome == "crashed"
+    assert "exit code 3, in call 2: float16" in verdict.detail
+    assert "CUDA error: invalid argument" in verdict.raw
+
+
+def test_a_segfault_at_the_second_call_is_a_crash(disasters):
+    verdict = disasters["flash3"]
+    assert verdict.outcome == "crashed"
+    assert ("0xC0000005" if os.name == "nt" else "signal 11 (SIGSEGV), in call 2") in verdict.detail
+
+
+def test_a_loop_is_hung_and_everything_it_started_is_ended(disasters):
+    verdict = disasters["flash2"]
+    assert verdict.outcome == "hung"
+    assert "did not come to an end within 6 seconds, in call 1" in verdict.detail
+
+
+def test_allocating_without_end_is_stopped(disasters):
+    verdict = disasters["xformers"]
+    assert verdict.outcome == "crashed"
+    assert "of memory, over the limit of 1.5, in call 1" in verdict.detail
+
+
+def test_noise_and_a_monkeypatched_torch_do_not_reach_the_verdict(disasters):
+    verdict = disasters["kitchen_int8"]
+    assert verdict.outcome == "works", verdict
+    assert verdict.raw == "" and verdict.calls > 30
+
+
+def test_what_the_machine_alone_decides_needs_no_child(disasters):
+    assert disasters["sage3"].outcome == "not installed"
+    assert "needs sm_120 to sm_121, this GPU is sm_90 (Hopper)" in disasters["sage3"].reasons
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> dict[str, KernelVerdict]:
+    folder = write(tmp_path_factory.mktemp("refusing"), AT_IMPORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        names = ("flash2", "xformers", "flash3", "sage2_fp16_triton", "sage2_fp16_cuda", "sage2_fp8_cuda")
+        return probing.probe(chosen(*names), EVERYTHING, ROOT, tensors="cpu", at_once=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "detail"),
+    [
+        ("flash2", "cannot import", "RuntimeError: expected the aten::_flash_attention_forward schema"),
+        ("xformers", "cannot import", "SystemExit: -1"),
+        ("flash3", "cannot import", "ImportError: flash_attn_3.so: undefined symbol"),
+        ("sage2_fp16_triton", "unsupported", "RuntimeError: SM80 kernel is not available (in call 1"),
+        ("sage2_fp16_cuda", "crashed", "CUDA error: an illegal memory access was encountered (in call 1"),
+        ("sage2_fp8_cuda", "wrong numbers", "it changed its inputs"),
+    ],
+)
+def test_exceptions_keep_their_words(refusals, name, outcome, detail):
+    verdict = refusals[name]
+    assert verdict.outcome == outcome, verdict
+    assert detail in verdict.detail
+    assert "Traceback" in verdict.raw or outcome == "wrong numbers"
+
+
+def test_stand_ins_on_a_pretended_gpu_work(monkeypatch):
+    monkeypatch.setenv("ATTUNE_STANDIN_SM", "90")
+    machine = pretended(sageattention="2.2.0", flash_attn="2.8.2")
+    with standins.installed("sage2", "flash2"):
+        found = probing.probe(chosen("sage2_fp8_cuda", "flash2"), machine, ROOT, tensors="cpu")
+    for name, verdict in found.items():
+        assert verdict.works, verdict
+        assert 0 < verdict.error < verdict.allowed <= max(BY_NAME[name].tolerance.values())
+        assert verdict.milliseconds > 0 and verdict.calls >= 14
+
+
+def test_stopping_the_probe_leaves_no_process(tmp_path, monkeypatch):
+    write(tmp_path, {"flash_attn": PACKAGES["flash_attn"]})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("GRANDCHILD", str(tmp_path / "pid"))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+
+    def hold() -> bool:
+        if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        # The second one waits, so that hold() is asked.
+        probing.probe(chosen("flash2", "sage1"), _with_sage_1(), ROOT, tensors="cpu", at_once=2, hold=Hold(hold))
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+class Hold:
+    """Lets the first child start, then holds the others and asks `ask`."""
+
+    def __init__(self, ask):
+        self.ask, self.asked = ask, 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.ask() or self.asked > 1
+
+
+def _with_sage_1() -> Machine:
+    return pretended(sageattention="1.0.6", flash_attn="2.8.2")
+
+
+# What is tried
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_what_a_kernel_claims_is_tried_and_nothing_else(kernel):
+    device = dataclasses.replace(HOPPER, capability=(8, 9), architecture=nvidia_architecture((8, 9)))
+    tried = trials(kernel, pretended(device), device)
+    needs = kernel.needs
+    assert {trial.call.dtype for trial in tried} <= needs.dtypes
+    assert {torch.float16, torch.bfloat16} <= {trial.call.dtype for trial in tried}
+    assert len({trial.call.head_dim for trial in tried}) >= 2
+    assert any(trial.call.kind == "cross" for trial in tried)
+    assert any(trial.call.q_len % 2 for trial in tried)
+    on_cuda_no_mask = kernel.name == "sdpa_flash"
+    assert any(trial.call.mask for trial in tried) is (bool(needs.masks) and not on_cuda_no_mask)
+    assert any(trial.call.kv_heads < trial.call.heads for trial in tried) is needs.gqa
+
+
+def test_a_trial_that_the_kernel_gets_right_is_right_and_a_changed_input_is_not():
+    kernel = BY_NAME["split"]
+    trial = trials(kernel, Machine(), CPU)[0]
+    prepared = prepare(kernel, trial, "cpu")
+    assert judge(kernel, kernel.load(), prepared) <= kernel.tolerance[trial.call.dtype]
+
+    def doubled(q, k, v, **others):
+        return kernel.load()(q, k, v, **others).float()
+
+    assert "returned torch.float32" in judge(kernel, doubled, prepared).detail
+
+
+def test_a_machine_survives_the_way_to_the_child():
+    machine = dataclasses.replace(EVERYTHING, cuda=None)
+    assert machine_from_json(json.loads(json.dumps(machine_as_json(machine)))) == machine
+
+
+# What is kept
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """probe() that tells which kernels it was asked for, and answers at once."""
+    asked: list[list[str]] = []
+    answer = KernelVerdict("works", error=1e-3, allowed=2e-3, calls=3)
+
+    def fake(kernels, *_arguments, **_options):
+        asked.append([kernel.name for kernel in kernels])
+        return dict.fromkeys(asked[-1], fake.answer)
+
+    fake.answer = answer
+    fake.asked = asked
+    monkeypatch.setattr(probing, "probe", fake)
+    return fake
+
+
+def test_nothing_is_tried_twice_until_something_changes(counted, tmp_path):
+    kernels = chosen("sdpa", "split", "flash4", "sage3")
+    machine = pretended(**{"flash_attn.cute": "4.0.0b36"})
+    first = probing.examine(kernels, machine, ROOT, tmp_path)
+    assert probing.examine(kernels, machine, ROOT, tmp_path) == first
+    assert counted.asked == [["sdpa", "split", "flash4"]]
+    newer = pretended(**{"flash_attn.cute": "4.0.0b40"})
+    probing.examine(kernels, newer, ROOT, tmp_path)
+    assert counted.asked[1:] == [["flash4"]]
+    other = pretended(dataclasses.replace(HOPPER, title="another GPU"), **{"flash_attn.cute": "4.0.0b40"})
+    probing.examine(kernels, other, ROOT, tmp_path)
+    probing.examine(kernels, newer, ROOT, tmp_path, again=True)
+    assert counted.asked[2:] == [["sdpa", "split", "flash4"]] * 2
+
+
+def test_an_undecided_verdict_is_not_kept(counted, tmp_path):
+    counted.answer = KernelVerdict("undecided", "was disturbed")
+    for _ in range(2):
+        assert probing.examine(chosen("sdpa"), Machine(), ROOT, tmp_path)["sdpa"].outcome == "undecided"
+    assert counted.asked == [["sdpa"]] * 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe\x00", b'{"kind": "attune verdicts", "schema": 1, "state": {"sdpa": {"x": {"outcome": "great"}}}}'],
+)
+def test_an_unreadable_file_of_verdicts_is_begun_anew(counted, tmp_path, content, caplog):
+    (tmp_path / "verdicts.json").write_bytes(content)
+    assert probing.examine(chosen("sdpa"), Machine(), ROOT, tmp_path)["sdpa"].works
+    assert (tmp_path / "verdicts.json.unreadable").read_bytes() == content
+    assert "is begun anew" in caplog.text
+    assert probing.examine(chosen("sdpa"), Machine(), ROOT, tmp_path)["sdpa"].works
+    assert len(counted.asked) == 1
