@@ -88,7 +88,7 @@ ERRORS = [
     ("python_headers", "sage1", "main.c:5:10: fatal error: Python.h: No such file or directory"),
     ("c_compiler", "sage1", "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"),
     ("old_ptxas", "sage1", "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'"),
-    ("triton_cache", "sage1", "PermissionError: [Errno 13] Permission denied: '/root/.triton/cache/ABC'"),
+    ("triton_cache", "sage1", "PermissionError: [Errno 13] Permission denied: '/home/u/.triton/cache/ABC'"),
     ("other_triton", "sage1", "ImportError: cannot import name 'triton_key' from 'triton.compiler.compiler'"),
     ("cudnn_plans", "sdpa_cudnn", "RuntimeError: cuDNN Frontend error: [cudnn_frontend] no valid execution plans"),
     ("illegal_access", "xformers", "CUDA error: an illegal memory access was encountered"),
