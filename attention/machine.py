@@ -222,17 +222,17 @@ def _cuda_devices() -> list[Device]:
     return devices
 
 
-def read_machine(host_attention: str = "", host_flag: str = "") -> Machine:
-    """Read this machine. The only impure function of this module; asks the GPU driver where there is one."""
+def read_machine(host_attention: str = "", host_flag: str = "", gpus: bool = True) -> Machine:
+    """Read this machine. Asks the GPU driver where there is one; with `gpus` False no GPU is looked at or started."""
     devices: list[Device] = []
-    if torch.cuda.is_available():
+    if gpus and torch.cuda.is_available():
         devices += _cuda_devices()
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
+    if gpus and hasattr(torch, "xpu") and torch.xpu.is_available():
         devices += [
             Device(f"xpu:{i}", torch.xpu.get_device_name(i), Architecture.INTEL)
             for i in range(torch.xpu.device_count())
         ]
-    if torch.backends.mps.is_available():
+    if gpus and torch.backends.mps.is_available():
         devices.append(Device("mps", "Apple GPU", Architecture.APPLE))
     packages = installed_packages()
     return Machine(

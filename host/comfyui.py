@@ -69,7 +69,9 @@ def host_flag() -> str:
 def machine() -> Machine:
     announce(home())
     chosen = trampoline.plain(host_attention.optimized_attention)
-    return read_machine(getattr(chosen, "__name__", "").removeprefix("attention_"), host_flag())
+    name = getattr(chosen, "__name__", "").removeprefix("attention_")
+    # Started with --cpu, ComfyUI leaves the GPUs alone, and so does the pack.
+    return read_machine(name, host_flag(), gpus=not getattr(launch, "cpu", False))
 
 
 @functools.cache
