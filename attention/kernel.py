@@ -75,7 +75,8 @@ class Kernel:
 
     `package` is the import name of what it comes from ("torch" for PyTorch, "" for our own code). `tolerance` is the
     relative L2 error it may have against float32 on structured inputs, per dtype. `workspace_bytes(call)` is what it
-    allocates beyond inputs and output. `install` says in words how to get it.
+    allocates beyond inputs and output. `install` says in words how to get it. `needs_proof` False: plain PyTorch, which
+    the host itself runs in its process; any other kernel is first tried in a child process.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Kernel:
     needs: Needs
     install: str = ""
     url: str = ""
+    needs_proof: bool = True
     workspace_bytes: Callable[[AttentionCall], int] = field(default=no_workspace)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,12 @@ class HostLink:
 
     `plain(func)` is the host's own function behind `func`, without anything of this pack around it. `interrupts` are
     exceptions that mean "stop". `free_memory()` empties caches; `free_bytes(device)` is what a kernel may still
-    allocate on it, None where nobody knows.
+    allocate on it, None where nobody knows. `refused(device)` gives the kernels that may not be called there now, each
+    with the reason: they have not been proved, or were found wanting.
     """
 
     plain: Callable[[HostFunction], HostFunction] = lambda func: func
     interrupts: tuple[type[BaseException], ...] = ()
     free_memory: Callable[[], None] = lambda: None
     free_bytes: Callable[[str], int | None] = lambda device: None
+    refused: Callable[[str], Mapping[str, str]] = lambda device: {}

@@ -16,10 +16,13 @@ _ELSEWHERE = {
 }
 
 
-def kernel_rows(kernels: Mapping[str, Kernel], machine: Machine) -> list[dict[str, Any]]:
-    """One row per kernel: {name, title, package, precision, status, reasons}.
+def kernel_rows(
+    kernels: Mapping[str, Kernel], machine: Machine, verdicts: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """One row per kernel: {name, title, package, precision, status, reasons, verdict}.
 
-    `status` is "available", "not installed" or "unsupported"; `reasons` says why not. Nothing has been run.
+    `status` is "available", "not installed" or "unsupported"; `reasons` says why not, judged without running anything.
+    `verdict` is what `verdicts` says of the kernel: how it did when it was run; "" where that says nothing.
     """
     rows = []
     for name, kernel in kernels.items():
@@ -34,10 +37,11 @@ def kernel_rows(kernels: Mapping[str, Kernel], machine: Machine) -> list[dict[st
                 "precision": kernel.precision,
                 "status": status,
                 "reasons": reasons,
+                "verdict": (verdicts or {}).get(name, ""),
             }
         )
     for name, (title, package, precision, reason) in _ELSEWHERE.items():
         if name not in kernels:
             row = {"name": name, "title": title, "package": package, "precision": precision}
-            rows.append({**row, "status": "unsupported", "reasons": [reason]})
+            rows.append({**row, "status": "unsupported", "reasons": [reason], "verdict": ""})
     return rows

@@ -1,20 +1,21 @@
 """The machine as plain data, and the one function that reads it.
 
-Nothing here imports an attention package: what is installed is told by its metadata and its import spec.
+Nothing here imports an attention package: what is installed is told by its metadata and its files.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from .builds import PACKAGES, Build, find_spec, installed_version, read_build
+from .driver import Address, Said, ask_amd, ask_nvidia, pci_address
 
 
 class Architecture(Enum):
@@ -50,13 +51,19 @@ _NVIDIA: tuple[tuple[tuple[int, int], Architecture], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device: `name` as torch writes it ("cuda:0", "cpu"), the vendor's `title`, memory in bytes."""
+    """One device: `name` as torch writes it ("cuda:0", "cpu"), the vendor's `title`, memory in bytes.
+
+    `free`: bytes that nobody held when the machine was read, 0 where the driver does not say. `gfx`: AMD's name of the
+    architecture ("gfx1100").
+    """
 
     name: str
     title: str
     architecture: Architecture
     capability: tuple[int, int] | None = None
     memory: int = 0
+    free: int = 0
+    gfx: str = ""
 
     @property
     def type(self) -> str:
@@ -66,6 +73,17 @@ class Device:
     def sm(self) -> str:
         """ "sm_90" and the like; empty where the device has no compute capability."""
         return f"sm_{self.capability[0]}{self.capability[1]}" if self.capability else ""
+
+    @property
+    def kind(self) -> str:
+        """The architecture in words, with its number: "Hopper, sm_90", "AMD, gfx1100", "CPU"."""
+        return ", ".join(part for part in (self.architecture.value, self.sm or self.gfx) if part)
+
+    @property
+    def room(self) -> str:
+        """Its memory in words: "24.0 GiB, 22.1 free"; "" where it is not known."""
+        free = f", {self.free / 2**30:.1f} free" if self.free else ""
+        return f"{self.memory / 2**30:.1f} GiB{free}" if self.memory else ""
 
 
 CPU = Device("cpu", platform.processor() or platform.machine() or "CPU", Architecture.CPU)
@@ -84,7 +102,8 @@ class Machine:
 
     `packages` maps import names to versions ("" where installed without metadata). `host_attention` is the host's
     own attention function, `host_flag` the launch flag that chose it (both "" without a host). `fetched` maps names of
-    kernels to what the user fetched for them, which takes the place of a package that is not installed.
+    kernels to what the user fetched for them, which takes the place of a package that is not installed. `driver` is the
+    GPU driver's version, "" where it does not say; `builds` tells by import name how packages were built.
     """
 
     devices: tuple[Device, ...] = (CPU,)
@@ -97,6 +116,8 @@ class Machine:
     host_attention: str = ""
     host_flag: str = ""
     fetched: Mapping[str, Fetched] = field(default_factory=dict)
+    driver: str = ""
+    builds: Mapping[str, Build] = field(default_factory=dict)
 
     def device(self, name: str) -> Device:
         """The device called `name`; one that is not known is of an unknown architecture."""
@@ -146,47 +167,9 @@ def nvidia_architecture(capability: tuple[int, int]) -> Architecture:
     return next(architecture for least, architecture in _NVIDIA if capability >= least)
 
 
-# Import name → distribution names that carry it.
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "xformers": ("xformers",),
-    "flash_attn": ("flash-attn", "flash_attn"),
-    "flash_attn_interface": ("flash-attn-3", "flash_attn_3", "flashattn-hopper"),
-    "flash_attn.cute": ("flash-attn-4", "flash_attn_4", "flash-attn-cute"),
-    "sageattention": ("sageattention",),
-    "sageattn3": ("sageattn3",),
-    "comfy_kitchen": ("comfy-kitchen", "comfy_kitchen"),
-    "triton": ("triton", "triton-windows"),
-}
-
-
-def _installed(name: str) -> bool:
-    """Is `name` importable, judged without running any of its code or its parents' code?"""
-    parts = name.split(".")
-    try:
-        spec = importlib.util.find_spec(parts[0])
-        for depth in range(1, len(parts)):
-            if spec is None or spec.submodule_search_locations is None:
-                return False
-            spec = importlib.machinery.PathFinder.find_spec(
-                ".".join(parts[: depth + 1]), list(spec.submodule_search_locations)
-            )
-    except (ImportError, ValueError):  # ValueError: a module that was put into sys.modules without a spec
-        return False
-    return spec is not None
-
-
-def _version(distributions: tuple[str, ...]) -> str:
-    for distribution in distributions:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
 def installed_packages() -> dict[str, str]:
     """Import name → version of every attention package that is installed. Imports none of them."""
-    return {name: _version(dists) for name, dists in PACKAGES.items() if _installed(name)}
+    return {name: installed_version(name) for name in PACKAGES if find_spec(name) is not None}
 
 
 _fetched: dict[str, Fetched] = {}
@@ -203,37 +186,59 @@ def fetched_kernel(name: str) -> Fetched | None:
     return _fetched.get(name)
 
 
-def _cuda_devices() -> list[Device]:
-    devices = []
+def _address(properties: Any) -> Address:
+    """Where the driver finds a GPU of torch's. Older versions of torch do not say all of it."""
+    pci = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    return Address(str(getattr(properties, "uuid", "")), pci_address(pci))
+
+
+def _cuda_devices() -> tuple[list[Device], Said]:
+    """What torch calls cuda devices: NVIDIA's, or AMD's in its builds for ROCm. And what their driver says."""
+    devices, addresses = [], {}
+    hip = torch.version.hip is not None
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        hip = torch.version.hip is not None
-        architecture = Architecture.AMD if hip else nvidia_architecture(capability)
-        devices.append(
-            Device(
-                f"cuda:{index}",
-                properties.name,
-                architecture,
-                None if hip else capability,
-                properties.total_memory,
-            )
+        device = Device(
+            f"cuda:{index}",
+            properties.name,
+            Architecture.AMD if hip else nvidia_architecture(capability),
+            None if hip else capability,
+            properties.total_memory,
+            gfx=str(getattr(properties, "gcnArchName", "")).partition(":")[0] if hip else "",
         )
-    return devices
+        devices.append(device)
+        addresses[device.name] = _address(properties)
+    said = (ask_amd if hip else ask_nvidia)(addresses)
+    return [replace(device, free=said.free.get(device.name, 0)) for device in devices], said
+
+
+def _xpu_devices() -> tuple[list[Device], str]:
+    """Intel's GPUs, and their driver's version."""
+    devices, driver = [], ""
+    for index in range(torch.xpu.device_count()):
+        properties = torch.xpu.get_device_properties(index)
+        driver = driver or str(getattr(properties, "driver_version", ""))
+        memory = int(getattr(properties, "total_memory", 0))
+        devices.append(Device(f"xpu:{index}", properties.name, Architecture.INTEL, memory=memory))
+    return devices, driver
+
+
+def _read_devices() -> tuple[list[Device], str]:
+    """(GPUs, version of their driver). NVIDIA's driver is asked also where torch sees none of its GPUs."""
+    if torch.cuda.is_available():
+        devices, said = _cuda_devices()
+        return devices, said.driver
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return _xpu_devices()
+    if torch.backends.mps.is_available():
+        return [Device("mps", "Apple GPU", Architecture.APPLE)], ""
+    return [], ask_nvidia({}).driver
 
 
 def read_machine(host_attention: str = "", host_flag: str = "", gpus: bool = True) -> Machine:
     """Read this machine. Asks the GPU driver where there is one; with `gpus` False no GPU is looked at or started."""
-    devices: list[Device] = []
-    if gpus and torch.cuda.is_available():
-        devices += _cuda_devices()
-    if gpus and hasattr(torch, "xpu") and torch.xpu.is_available():
-        devices += [
-            Device(f"xpu:{i}", torch.xpu.get_device_name(i), Architecture.INTEL)
-            for i in range(torch.xpu.device_count())
-        ]
-    if gpus and torch.backends.mps.is_available():
-        devices.append(Device("mps", "Apple GPU", Architecture.APPLE))
+    devices, driver = _read_devices() if gpus else ([], "")
     packages = installed_packages()
     return Machine(
         devices=(*devices, CPU),
@@ -246,4 +251,13 @@ def read_machine(host_attention: str = "", host_flag: str = "", gpus: bool = Tru
         host_attention=host_attention,
         host_flag=host_flag,
         fetched=dict(_fetched),
+        driver=driver,
+        builds={name: read_build(name) for name in packages},
     )
+
+
+def with_memory_now(machine: Machine) -> Machine:
+    """`machine`, with the memory that is free on its GPUs now."""
+    if machine.main_device.type == "cpu":
+        return machine
+    return replace(machine, devices=(*_read_devices()[0], CPU))

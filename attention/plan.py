@@ -13,8 +13,10 @@ from .policy import FAMILIES, Rule
 HOST = "host"
 DENSE = "is lossy, and a later node asks for exact attention here"
 OWN_DENSE = "is lossy, and this node keeps these calls exact"
-# The host's own attention functions that are exact, by the names of `Machine.host_attention`; "": no host.
-_EXACT_HOSTS = frozenset({"", "pytorch", "sub_quad", "split", "basic", "xformers", "flash"})
+# The host's own attention functions that are plain PyTorch, by the names of `Machine.host_attention` ("": no host), and
+# all that are exact.
+PLAIN_HOSTS = frozenset({"", "pytorch", "sub_quad", "split", "basic"})
+_EXACT_HOSTS = PLAIN_HOSTS | {"xformers", "flash"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def _reasons(
     name: str,
     kernels: Mapping[str, Kernel],
     machine: Machine,
-    demoted: Mapping[str, str],
+    unfit: Mapping[str, str],
     call: AttentionCall | None,
     device: str | None,
     free_bytes: int | None = None,
@@ -82,16 +84,19 @@ def _reasons(
         return ()
     if name not in kernels:
         return (f"{name} does not exist in this version or outside ComfyUI",)
-    if name in demoted:
-        return (demoted[name],)
     kernel = kernels[name]
     if call is None:
-        return machine_reasons(kernel, machine, machine.device(device) if device else None)
-    reasons = reasons_against(kernel, call, machine)
-    wanted = kernel.workspace_bytes(call) if not reasons and free_bytes is not None else 0
+        reasons = machine_reasons(kernel, machine, machine.device(device) if device else None)
+    else:
+        reasons = reasons_against(kernel, call, machine)
+    if reasons:
+        return reasons
+    if name in unfit:
+        return (unfit[name],)
+    wanted = 0 if call is None or free_bytes is None else kernel.workspace_bytes(call)
     if free_bytes is not None and wanted > free_bytes:
-        reasons += (f"needs {wanted / 2**20:,.0f} MiB of working memory, {free_bytes / 2**20:,.0f} MiB are free",)
-    return reasons
+        return (f"needs {wanted / 2**20:,.0f} MiB of working memory, {free_bytes / 2**20:,.0f} MiB are free",)
+    return ()
 
 
 def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) -> Iterator[tuple[int, str, str, int]]:
@@ -108,7 +113,8 @@ def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) ->
             dense.append(index)
             continue
         for wish in rule.kernels:
-            for name in expand(wish, machine, call.device):
+            exact = wish == "auto_fast" and not rule.error_budget  # no error is allowed: exact kernels only
+            for name in expand("auto" if exact else wish, machine, call.device):
                 # Where `auto` ends, the dense rule's own kernels begin; and the host itself may be lossy.
                 if name != HOST or not dense or (wish == HOST and machine.host_attention in _EXACT_HOSTS):
                     yield index, wish, name, dense[0] if dense else -1
@@ -123,15 +129,15 @@ def make_plan(
     rules: Sequence[Rule],
     kernels: Mapping[str, Kernel],
     machine: Machine,
-    demoted: Mapping[str, str] | None = None,
+    unfit: Mapping[str, str] | None = None,
     free_bytes: int | None = None,
 ) -> Plan:
     """Choose the kernel for `call` under the `rules` in force, the last matching rule first.
 
-    `kernels` is what this pack knows, by name. `demoted` gives a reason for each kernel that may not be used for this
-    call although it could (it raised, it was wrong), `free_bytes` is what may still be allocated. Raises
-    RefusedError where a rule that may not fall through cannot be followed; a rule that only a dense rule keeps from
-    its kernels does not count as such. Pure: the same arguments give the same plan.
+    `kernels` is what this pack knows, by name. `unfit` gives a reason for each kernel that may not be used for this
+    call although it claims it (it raised, it was wrong, it is not proved yet), `free_bytes` is what may still be
+    allocated. Raises RefusedError where a rule that may not fall through cannot be followed; a rule that only a dense
+    rule keeps from its kernels does not count as such. Pure: the same arguments give the same plan.
     """
     decisions: list[Decision] = []
     of_rule: list[Decision] = []
@@ -141,7 +147,7 @@ def make_plan(
             if of_rule and not kept_exact and rules[current].on_refusal == "error":
                 raise RefusedError(of_rule, call)
             current, of_rule, kept_exact = index, [], False
-        reasons = _reasons(name, kernels, machine, demoted or {}, call, None, free_bytes)
+        reasons = _reasons(name, kernels, machine, unfit or {}, call, None, free_bytes)
         if dense >= 0 and name in kernels and not kernels[name].exact:
             kept_exact = True
             reasons += (OWN_DENSE if rules[dense].source == rules[index].source else DENSE,)
@@ -154,13 +160,20 @@ def make_plan(
 
 
 def refused_by_machine(
-    wishes: Sequence[str], kernels: Mapping[str, Kernel], machine: Machine, device: str | None = None
+    wishes: Sequence[str],
+    kernels: Mapping[str, Kernel],
+    machine: Machine,
+    device: str | None = None,
+    unfit: Mapping[str, str] | None = None,
 ) -> tuple[Decision, ...]:
-    """The refusals where the machine alone forbids every one of `wishes`; empty where one of them may run."""
+    """The refusals where the machine alone forbids every one of `wishes`; empty where one of them may run.
+
+    `unfit`: as in make_plan.
+    """
     decisions: list[Decision] = []
     for wish in wishes:
         for name in expand(wish, machine, device):
-            reasons = _reasons(name, kernels, machine, {}, None, device)
+            reasons = _reasons(name, kernels, machine, unfit or {}, None, device)
             if not reasons:
                 return ()
             decisions.append(Decision(name, wish, "", reasons))

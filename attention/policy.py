@@ -54,6 +54,7 @@ def _float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", float(number)))[0])
 
 
+ERROR_BUDGET = 0.05
 OnRefusal = Literal["fall_through", "error"]
 
 
@@ -121,7 +122,8 @@ class Rule:
     of the steps. `kind` None means self and cross attention. `min_tokens` is the least number of query tokens.
     `on_refusal` "error" raises where none of `kernels` can run, "fall_through" goes to the rule before this one.
     `exact_only` makes this a dense rule: earlier rules decide, but only with exact kernels, and `kernels` are what
-    comes after them. `source` is the id of the node that made the rule.
+    comes after them. `error_budget` is how far from float32 (relative L1) what `auto_fast` chooses may be; 0 leaves it
+    exact kernels only. `timed`: every call is timed. `source` is the id of the node that made the rule.
     """
 
     kernels: tuple[str, ...]
@@ -132,12 +134,16 @@ class Rule:
     min_tokens: int = 0
     on_refusal: OnRefusal = "fall_through"
     exact_only: bool = False
+    error_budget: float = ERROR_BUDGET
+    timed: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
         for name in self.kernels:
             if name not in KERNEL_NAMES:
                 raise UnknownKernelError(name)
+        if not 0 <= self.error_budget <= 1:
+            raise ValueError(f"an error budget of {self.error_budget:g} means nothing; wanted 0 (exact) to 1.")
         if not 0 <= self.from_percent < self.to_percent <= 100:
             raise ValueError(
                 f"from_percent {self.from_percent:g} and to_percent {self.to_percent:g} leave nothing to do; "
@@ -179,16 +185,20 @@ class Policy:
         """Indices of the rules in force at noise level `sigma`.
 
         `percent_to_sigma` maps 0…1 to a noise level, falling, as ComfyUI's `model_sampling.percent_to_sigma`. Both
-        ends are included and numbers are compared in float32, as in ComfyUI's own nodes.
+        ends are included and numbers are compared in float32, as in ComfyUI's own nodes. Percent 0 is the beginning
+        and 100 the end whatever the noise level: a flow model's percent 0 is 1.0, and custom sigmas or samplers that
+        add noise (s_churn) begin above it.
         """
         sigma = _float32(sigma)
+
+        def level(percent: float) -> float:
+            return _float32(percent_to_sigma(percent / 100))
+
         return frozenset(
             index
             for index, rule in enumerate(self.rules)
-            if rule.always
-            or _float32(percent_to_sigma(rule.to_percent / 100))
-            <= sigma
-            <= _float32(percent_to_sigma(rule.from_percent / 100))
+            if (rule.from_percent <= 0 or sigma <= level(rule.from_percent))
+            and (rule.to_percent >= 100 or sigma >= level(rule.to_percent))
         )
 
     @property

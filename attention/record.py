@@ -1,21 +1,33 @@
-"""What really ran: per kernel and per node, with requested, planned and observed kept apart.
+"""What really ran in one sampling run, with requested, planned and observed kept apart.
 
-*Requested* is what a node's rule names, *planned* what `make_plan` decided (with every refusal), *observed* that the
-kernel's own function returned.
+*Requested* is what a node's rule names, *planned* what `make_plan` decided first for a call (with every refusal),
+*observed* that the kernel's own function returned, for a result that went into the picture. Calls of a forward that
+was thrown away and repeated are *discarded*.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from .clock import Clock, Timing
+from .history import Cell, History
 from .plan import OWN_DENSE, Decision
 from .policy import Policy
 
+log = logging.getLogger("attune")
 Trail = tuple[Decision, ...]
+_MOST_EVENTS = 500
+_MOST_TRAILS = 5000
+# How a reason begins that a kernel got in the middle of a run: it was planned, and then was not used any more.
+_DEMOTED = ("raised ", "ran out of memory")
 
 
 @dataclass
@@ -54,24 +66,153 @@ class NodeRecord:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """Something that did not go as planned: "fallback", "demotion", "repeat", "not attention" or "wait"."""
+
+    kind: str
+    text: str
+    kernel: str = ""
+    block: int | None = None
+    call_kind: str = ""
+    reason: str = ""
+
+
+@dataclass
+class Seen:
+    """How often a Happening was met, and in which forward of the run (from 0) first."""
+
+    forward: int
+    count: int = 0
+
+
+@dataclass
+class Sampled:
+    """Errors of single calls of one kernel, measured against float32: relative L1 and L2.
+
+    `by_block` holds the largest L1 of each block. `unusable`: samples that gave no finite figure.
+    """
+
+    calls: int = 0
+    unusable: int = 0
+    l1: float = 0.0
+    l2: float = 0.0
+    largest_l1: float = 0.0
+    largest_l2: float = 0.0
+    by_block: dict[int | None, float] = field(default_factory=dict)
+
+    def add(self, l1: float, l2: float, block: int | None) -> None:
+        if not (math.isfinite(l1) and math.isfinite(l2)):
+            self.unusable += 1
+            return
+        self.calls += 1
+        self.l1 += (l1 - self.l1) / self.calls
+        self.l2 += (l2 - self.l2) / self.calls
+        self.largest_l1 = max(self.largest_l1, l1)
+        self.largest_l2 = max(self.largest_l2, l2)
+        self.by_block[block] = max(self.by_block.get(block, 0.0), l1)
+
+
+@dataclass
+class Calls:
+    """Completed calls: those whose result was used, and those whose forward was thrown away.
+
+    `forward` is that in which the first of them was.
+    """
+
+    forward: int
+    kept: int = 0
+    discarded: int = 0
+
+
 class Record:
-    """The account of one sampling run. Filled after each forward, from any thread; readable at any time."""
+    """The account of one sampling run. Filled after each forward, from any thread; readable at any time.
+
+    The host sets what it knows: `sigmas` (noise levels of this run's steps, one more than there are steps) and
+    `first_step` (the number of its first step in the whole sampling), `blocks` and, in models that count two kinds of
+    blocks, `doubles`, and `clock`, where calls are to be timed. `close` ends it.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.sigmas: Sequence[float] = ()
+        self.first_step = 0
+        self.blocks: int | None = None
+        self.doubles = 0
+        self.clock: Clock | None = None
         self.forwards = 0
+        self.repeated = 0  # forwards that were thrown away and done again
         self.shadowed = 0
         self.longest_self = 0  # tokens of the longest self attention met
-        self._trails: Counter[Trail] = Counter()
+        self.devices: dict[str, None] = {}  # where forwards ran, as torch writes them
+        self.history = History()
+        self.times: dict[str, Timing] = {}  # per kernel, from `close` on
+        self.errors: dict[str, Sampled] = {}  # per kernel
+        self.closed = False
+        self.unlisted = 0  # happenings beyond the first 500
+        self._calls: dict[tuple[Trail, int | None, str], Calls] = {}
+        self._happened: dict[Happening, Seen] = {}
+        self._demoted: set[tuple[str, str]] = set()
+        self._discarded = -1  # the forward that was thrown away last
         self._notes: dict[str, None] = {}
         self._lock = threading.Lock()
 
-    def add(self, trails: Mapping[Trail, int], shadowed: int = 0, forwards: int = 0) -> None:
-        """Add what was counted: completed calls per trail, calls that another override kept, forwards that ended."""
+    def add(
+        self,
+        calls: Mapping[tuple[Trail, int | None, str], int],
+        shadowed: int = 0,
+        forwards: int = 0,
+        *,
+        sigma: torch.Tensor | None = None,
+        discarded: bool = False,
+    ) -> None:
+        """Add what was counted in one forward, or a part of one.
+
+        calls: completed calls by (trail, block, kind). shadowed: calls that another override kept. forwards: forwards
+        that ended with it. sigma: the noise level, 0-dim and perhaps on a device; not read before `close`. discarded:
+        the result was thrown away, and the forward is done again under the same number.
+        """
         with self._lock:
-            self.forwards += forwards
+            cells: Counter[Cell] = Counter()
+            for key, count in calls.items():
+                trail, block, kind = key
+                cells[Cell(block, kind, trail[-1].kernel)] += count
+                if key not in self._calls and len(self._calls) >= _MOST_TRAILS:
+                    key = (trail[-1:], None, kind)  # Reasons may hold figures that are new in each plan.
+                entry = self._calls.setdefault(key, Calls(self.forwards))
+                if discarded:
+                    entry.discarded += count
+                else:
+                    entry.kept += count
+            if isinstance(sigma, torch.Tensor):
+                self.devices[str(sigma.device)] = None
+            if not self.closed:
+                self.history.add(self.forwards, cells, sigma, discarded)
             self.shadowed += shadowed
-            self._trails.update(trails)
+            if discarded:
+                self.repeated += self._discarded != self.forwards
+                self._discarded = self.forwards
+            else:
+                self.forwards += forwards
+
+    def event(
+        self, kind: str, text: str, *, kernel: str = "", block: int | None = None, call_kind: str = "", reason: str = ""
+    ) -> None:
+        """Something did not go as planned (see Happening). "repeat" speaks of the forward that was discarded last."""
+        what = Happening(kind, text, kernel, block, call_kind, reason)
+        with self._lock:
+            if kind == "demotion":
+                self._demoted.add((kernel, reason))
+            if what not in self._happened and len(self._happened) >= _MOST_EVENTS:
+                self.unlisted += 1
+                return
+            forward = self._discarded if kind == "repeat" and self._discarded >= 0 else self.forwards
+            self._happened.setdefault(what, Seen(forward)).count += 1
+
+    def sampled(self, kernel: str, l1: float, l2: float, block: int | None) -> None:
+        """The error of one call of `kernel`, as relative L1 and L2 against float32."""
+        with self._lock:
+            self.errors.setdefault(kernel, Sampled()).add(l1, l2, block)
 
     def note(self, text: str) -> bool:
         """Keep a sentence for the user; True the first time it is said in this run."""
@@ -80,20 +221,54 @@ class Record:
             self._notes[text] = None
             return new
 
+    def close(self) -> None:
+        """The run is over, in whatever way: read what waits on the device. Never raises; once is enough."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+        try:
+            self.history.close(self.sigmas, self.first_step)
+            if self.clock is not None:
+                self.times = self.clock.read()
+        except Exception:  # the account of a run must never cost the run
+            log.exception("The record of a sampling run could not be completed")
+
     @property
     def notes(self) -> list[str]:
         return list(self._notes)
 
-    def trails(self) -> Counter[Trail]:
+    def calls(self) -> dict[tuple[Trail, int | None, str], Calls]:
+        """Completed calls by how their plan came about, block and kind."""
         with self._lock:
-            return self._trails.copy()
+            return {key: Calls(count.forward, count.kept, count.discarded) for key, count in self._calls.items()}
+
+    def happened(self) -> dict[Happening, Seen]:
+        with self._lock:
+            return {what: Seen(seen.forward, seen.count) for what, seen in self._happened.items()}
+
+    def trails(self) -> Counter[Trail]:
+        """Completed calls whose result was used, by how their plan came about."""
+        counts: Counter[Trail] = Counter()
+        for (trail, _, _), count in self.calls().items():
+            if count.kept:
+                counts[trail] += count.kept
+        return counts
 
     def observed(self) -> Counter[str]:
-        """Completed calls per kernel name."""
+        """Completed calls whose result was used, per kernel name."""
         counts: Counter[str] = Counter()
         for trail, count in self.trails().items():
             counts[trail[-1].kernel] += count
         return counts
+
+    def planned(self, trail: Trail) -> str:
+        """The kernel that the first plan chose: the first that was accepted, or was only demoted later in the run."""
+        for decision in trail:
+            demoted = any((decision.kernel, reason) in self._demoted for reason in decision.reasons)
+            if decision.accepted or demoted or any(reason.startswith(_DEMOTED) for reason in decision.reasons):
+                return decision.kernel
+        return trail[-1].kernel
 
     def nodes(self) -> dict[str, NodeRecord]:
         """The record of every node that has a rule here, also of one that no call reached."""

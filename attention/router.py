@@ -15,6 +15,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .compiled import traced_attention
+from .guard import Check, Finding
 from .kernel import Kernel
 from .link import HostFunction, HostLink
 from .machine import Machine
@@ -65,7 +66,9 @@ class Router:
         self.blocks = blocks
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
         self.idle_session = Session(self)
-        self._idle = Forward(self, self.idle_session, policy.without_percent)
+        # Such a call is judged on the spot, as nobody could repeat anything later.
+        check = Check(self.idle_session.sampler)
+        self._idle = Forward(self, self.idle_session, policy.without_percent, guard=check)
 
     def flush_idle(self) -> None:
         """Bring the record of `idle_session` up to date."""
@@ -145,6 +148,7 @@ class Router:
         if route is None:
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         while route.run is not None:
+            failure: Exception | Finding | None
             try:
                 out = route.attend(q, k, v, mask)
             except Exception as error:
@@ -152,8 +156,11 @@ class Router:
                     raise
                 failure = error.with_traceback(None)  # its frames hold the kernel's tensors
             else:
-                forward.counts[route] += 1
-                return out
+                failure = forward.guard.see(route, q, k, v, mask, out) if route.guarded and forward.guard else None
+                if failure is None:
+                    forward.counts[route] += 1
+                    return out
+                del out
             demote(self, forward, key, route, failure)
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
@@ -164,6 +171,8 @@ class Router:
             )
         finally:
             CURRENT.reset(token)
+        if route.guarded and forward.guard:
+            forward.guard.see(route, q, k, v, mask, out)
         forward.counts[route] += 1
         return out
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .call import AttentionCall, Undescribable, describe
-from .kernel import reasons_against
+from .guard import Finding, Limit
+from .kernel import Kernel, reasons_against
 from .link import is_out_of_memory
 from .plan import HOST, Decision, RefusedError, make_plan
 from .policy import Rule
-from .session import Forward, Route
+from .route import Route
+from .session import Forward
 
 if TYPE_CHECKING:
     from .router import Router
@@ -37,8 +39,11 @@ def can_do_without(router: Router, route: Route, error: Exception) -> bool:
     return not is_out_of_memory(error) or (name != "split" and "split" in router.kernels)
 
 
-def demote(router: Router, forward: Forward, key: tuple[Any, ...], route: Route, error: Exception) -> None:
-    """A kernel raised: never use it again for such calls in this run, and say so once."""
+def demote(router: Router, forward: Forward, key: tuple[Any, ...], route: Route, error: Exception | Finding) -> None:
+    """A kernel raised, or its output was no good: never use it again for such calls in this run, and say so once."""
+    if isinstance(error, Finding):
+        blame(router, forward, error)
+        return
     assert route.kernel is not None
     name, kind = route.kernel.name, type(error).__name__
     text = " ".join(str(error).split())[:300] or "no message"
@@ -53,6 +58,16 @@ def demote(router: Router, forward: Forward, key: tuple[Any, ...], route: Route,
         log.warning("Attention kernel %s %s. Another kernel computes such calls for the rest of the run.", name, reason)
 
 
+def blame(router: Router, forward: Forward, finding: Finding) -> None:
+    """A kernel's output was no good: never use it again for such calls in this run, and say so once."""
+    session = forward.session
+    session.blame(finding)
+    text = f"{finding.kernel} {finding.reason} in {finding.place}"
+    if session.first_time((finding.kernel, "no good")):
+        session.record.note(f"{text}; another kernel computes such calls for the rest of the run")
+        log.warning("Attention kernel %s. Another kernel computes such calls for the rest of the run.", text)
+
+
 def new_route(
     router: Router,
     forward: Forward,
@@ -65,7 +80,10 @@ def new_route(
 ) -> Route:
     """Describe and plan a call that is new, make its kernel ready and remember it. Raises RefusedError."""
     heads, _, precision, skip_reshape, skip_output, scale, block, gqa, low_precision, names, gradient = key[7:]
-    rules = [rule for index, rule in enumerate(router.policy.rules) if index in forward.active]
+    if forward.rules is None:
+        rules = [rule for index, rule in enumerate(router.policy.rules) if index in forward.active]
+    else:
+        rules = list(forward.rules)
     unknown = names or ()
     if scale is ABSENT:
         scale = None
@@ -91,11 +109,16 @@ def new_route(
         )
     except Undescribable as why:
         route = Route(_undescribed(rules, str(why)))
+        route.guarded = forward.rules is not None
     else:
         _look_at(forward, call, rules)
         route = _ready(router, forward, key, call, rules)
-        if route.run is not None:
-            route.scale = scale
+        route.call = call
+        route.scale = scale
+        route.guarded = forward.rules is not None
+        if route.kernel is not None:
+            route.guarded |= route.kernel.needs_proof or not route.kernel.exact
+            route.limit = _limit(route, route.kernel, rules)
             route.fit(call, (q.ndim, k.ndim, v.ndim), skip_reshape, skip_output)
             if call.mixed_dtypes:
                 route.dtype = call.dtype
@@ -131,11 +154,23 @@ def _look_at(forward: Forward, call: AttentionCall, rules: list[Rule]) -> None:
         )
 
 
+def _limit(route: Route, kernel: Kernel, rules: list[Rule]) -> Limit | None:
+    """How far a lossy kernel may be from float32: its own word where the user named it, else the rule's budget."""
+    if kernel.exact or route.call is None:
+        return None
+    accepted = route.trail[-1]
+    if accepted.requested in ("auto", "auto_fast"):
+        budgets = [rule.error_budget for rule in rules if rule.source == accepted.source]
+        return Limit("l1", min(budgets))
+    return Limit("l2", kernel.tolerance[route.call.dtype])
+
+
 def _ready(router: Router, forward: Forward, key: tuple[Any, ...], call: AttentionCall, rules: list[Rule]) -> Route:
     """Plan, and load what was planned; a kernel that cannot even be loaded is demoted like one that raises."""
     while True:
         demoted = forward.session.demoted(_without_block(key))
-        plan = make_plan(call, rules, router.kernels, router.machine, demoted, router.link.free_bytes(call.device))
+        unfit = {**forward.session.refused(call.device), **demoted, **forward.session.unfit(call)}
+        plan = make_plan(call, rules, router.kernels, router.machine, unfit, router.link.free_bytes(call.device))
         kernel, trail = plan.kernel, plan.decisions
         if any(_OUT_OF_MEMORY in reason for reason in demoted.values()):
             # What did not fit is done again by the exact kernel that needs least, whatever the rules prefer.

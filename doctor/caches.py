@@ -110,6 +110,7 @@ def caches(home: Path) -> dict[str, list[Cache]]:
         "verdicts": [
             QuarantineVerdicts("verdicts", home / "quarantine.json", "what importing the packages did; looked at anew"),
             Cache("verdicts", home / "verdicts.json", "what the kernels did when tried; tried anew"),
+            Cache("verdicts", home / "failures.json", "where kernels failed in models; they get a new chance there"),
         ],
         "timings": [Cache("timings", home / "timings.json", "measured speeds; measured anew")],
     }

@@ -63,7 +63,7 @@ def _remove(options: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(state: State) -> list[dict[str, Any]]:
+def quarantine_rows(state: State) -> list[dict[str, Any]]:
     metadata = metadata_names()
     around, rows = environment(metadata), []
     for name in WATCHED:
@@ -89,7 +89,7 @@ def _rows(state: State) -> list[dict[str, Any]]:
 
 def _list(options: argparse.Namespace) -> int:
     file = _store(options)
-    rows = _rows(file.read())
+    rows = quarantine_rows(file.read())
     if options.json:
         json.dump({"file": str(file.path), "off": off(), "packages": rows}, sys.stdout, indent=2)
         print()

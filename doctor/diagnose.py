@@ -19,7 +19,7 @@ _MEANING = {
     "wrong numbers": "It runs, and its results are wrong: pictures would be black, noise or subtly off.",
     "crashed": "It ends the process it runs in: ComfyUI would be gone, with no message.",
     "hung": "It does not come back: ComfyUI would stand still.",
-    "undecided": "The probe was disturbed, and nothing is known about this kernel. Ask again: `attune doctor`.",
+    "undecided": "Nothing is known about this kernel: its probe was disturbed, or is still to come. Ask again later.",
 }
 
 
@@ -160,11 +160,21 @@ def outlook(diagnoses: Iterable[Diagnosis], machine: Machine, device: Device | N
 def remarks(machine: Machine, device: Device | None = None) -> list[str]:
     """What there is to say about the machine as a whole."""
     device = device or machine.main_device
-    if device.architecture is Architecture.CPU and machine.cuda is None and machine.system != "Darwin":
+    if device.architecture is not Architecture.CPU:
+        return []
+    if machine.main_device.type != "cpu":
+        return ["This is about the CPU. The machine has a GPU as well."]
+    if machine.cuda is None and machine.system != "Darwin":
+        having = (
+            f"As NVIDIA's driver {machine.driver} is here" if machine.driver else "If this machine has an NVIDIA GPU"
+        )
         return [
-            f"PyTorch {machine.torch} is built without CUDA and sees no GPU. If this machine has an NVIDIA GPU, "
+            f"PyTorch {machine.torch} is built without CUDA and sees no GPU. {having}, "
             "install PyTorch for CUDA (pytorch.org/get-started/locally)."
         ]
-    if device.architecture is Architecture.CPU:
-        return ["PyTorch sees no GPU here."]
-    return []
+    if machine.driver:
+        return [
+            f"NVIDIA's driver {machine.driver} is here, but PyTorch {machine.torch} sees no GPU: the driver may be too "
+            f"old for CUDA {machine.cuda}, or CUDA_VISIBLE_DEVICES hides the GPU."
+        ]
+    return ["PyTorch sees no GPU here."]

@@ -41,27 +41,12 @@ def _bundle(report: Any, data: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _quarantined(folder: Path) -> list[str]:
-    from .commands import _rows
-    from .quarantine import off
-    from .quarantine import store as quarantine
-
-    rows = [] if off() else _rows(quarantine(folder).read())
-    return [
-        f"ComfyUI does not get to see {row['package']}: {row['status']}. `attune quarantine remove {row['package']}` "
-        "lifts it."
-        for row in rows
-        if row["quarantined"]
-    ]
-
-
 def _doctor(options: argparse.Namespace) -> int:
     from ..attention.listing import kernel_rows
     from ..attention.machine import read_machine
-    from .cures import read_place
-    from .diagnose import diagnose, outlook, remarks
+    from .look import report
     from .probe import examine, stored
-    from .report import Report, as_json, as_text
+    from .report import as_json, as_text
 
     kernels, machine = options.kernels(), read_machine()
     known = [device.name for device in machine.devices]
@@ -83,15 +68,13 @@ def _doctor(options: argparse.Namespace) -> int:
     verdicts = examine(kernels, machine, options.pack, folder, device, again=options.again, told=told)
     if ran:
         print(file=sys.stderr)
-    diagnoses = diagnose(kernels, verdicts, machine, read_place(options.pack), device)
     names = {kernel.name: kernel for kernel in kernels}
     elsewhere = [row for row in kernel_rows(names, machine) if row["name"] not in names]
-    said = [*remarks(machine, device), *_quarantined(folder)]
-    report = Report(machine, device, diagnoses, outlook(diagnoses, machine, device), said, elsewhere)
-    data = as_json(report)
+    found = report(kernels, verdicts, machine, options.pack, folder, device, elsewhere=elsewhere)
+    data = as_json(found)
     if options.bundle is not None:
         try:
-            options.bundle.write_text(json.dumps(_bundle(report, data), indent=2) + "\n", "utf-8")
+            options.bundle.write_text(json.dumps(_bundle(found, data), indent=2) + "\n", "utf-8")
         except OSError as error:
             print(f"{options.bundle} could not be written ({error})", file=sys.stderr)
             return 1
@@ -99,7 +82,7 @@ def _doctor(options: argparse.Namespace) -> int:
         json.dump(data, sys.stdout, indent=2)
         print()
     else:
-        _print(as_text(report))
+        _print(as_text(found))
         if options.bundle is not None:
             print(f"\nFor a bug report: {options.bundle} (look through it before you send it).")
     return 0

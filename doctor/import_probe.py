@@ -39,7 +39,7 @@ _NTSTATUS = {
 }
 
 
-def _alone() -> dict[str, Any]:
+def alone() -> dict[str, Any]:
     """Arguments of Popen that give a child a process group of its own and no window. The POSIX part is in _kill."""
     if os.name == "nt":
         return {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -61,7 +61,7 @@ def _kill(process: subprocess.Popen, known: Iterable[Any]) -> None:
             process.wait(timeout=5)
 
 
-def _how(code: int) -> str:
+def how_ended(code: int) -> str:
     """An exit status in words."""
     if code < 0:
         with contextlib.suppress(ValueError):
@@ -71,7 +71,7 @@ def _how(code: int) -> str:
     return f"ended that process with exit code {code}"
 
 
-class _Child:
+class Child:
     """One import under way. Its output is read all the time, and only the end is kept."""
 
     def __init__(self, package: str, folder: Path, hide: tuple[str, ...], limit: float):
@@ -87,7 +87,7 @@ class _Child:
         # -B: nothing is written into the package's folders.
         command = [sys.executable, "-B", "-X", "faulthandler", "-X", "utf8", str(CHILD), str(request)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, **_alone()
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, **alone()
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -140,10 +140,10 @@ class _Child:
         if self.ended_by:
             return Verdict("undecided", f"was not done within {limit:.0f} seconds", raw)
         if waited is None:
-            return Verdict("unknown", f"torch was not there yet when its child {_how(code)}", raw)
+            return Verdict("unknown", f"torch was not there yet when its child {how_ended(code)}", raw)
         if os.name != "nt" and code == -signal.SIGKILL:
             return Verdict("undecided", "was killed from outside (out of memory?)", raw)
-        return Verdict("crashed", _how(code), raw, hidden=self.hide)
+        return Verdict("crashed", how_ended(code), raw, hidden=self.hide)
 
 
 def probe(
@@ -161,12 +161,12 @@ def probe(
     if psutil is not None:
         memory = min(memory, max(psutil.virtual_memory().available // 2, LEAST_MEMORY))
     verdicts: dict[str, Verdict] = {}
-    children: list[_Child] = []
+    children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="attune-", ignore_cleanup_errors=True) as folder:
         try:
             for package in packages:
                 try:
-                    children.append(_Child(package, Path(folder), hide, limit))
+                    children.append(Child(package, Path(folder), hide, limit))
                 except OSError as error:
                     verdicts[package] = Verdict("unknown", f"no child process could be started ({error})")
             deadline = time.monotonic() + limit

@@ -3,8 +3,9 @@
     python kernel_child.py REQUEST.json
 
 The request is {"pack": the pack's folder, "kernel": name, "machine": machine_as_json(), "device": name of the GPU the
-calls are for, "tensors": where tensors are made, "path": search path, "limit": seconds, "result": file}. The result
-file gets a line of JSON for each step and a last one with "outcome". How this process ends is an answer as well.
+calls are for, "tensors": where tensors are made, "path": search path, "limit": seconds, "parent": the process to end
+with, "result": file}. The result file gets a line of JSON for each step and a last one with "outcome". How this process
+ends is an answer too.
 """
 
 # Everything that is needed later is imported now: the package may do anything to this process.
@@ -14,6 +15,8 @@ import importlib.util
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from sys import path
@@ -47,6 +50,26 @@ def quiet_windows():
         import ctypes
 
         ctypes.windll.kernel32.SetErrorMode(0x0001 | 0x0002)  # SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX
+
+
+def outlive_nobody(parent, leave=os._exit, sleep=time.sleep):
+    """End this process soon after the one that started it: nobody else would."""
+    if os.name == "nt":
+        try:
+            from psutil import pid_exists
+        except ImportError:
+            return  # the time limit remains
+    else:
+
+        def pid_exists(pid):
+            return os.getppid() == pid
+
+    def watch():
+        while pid_exists(parent):
+            sleep(1)
+        leave(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def failure(error, torch, step):
@@ -112,6 +135,7 @@ def main(write=os.write, encode=json.dumps, leave=os._exit):
     quiet_windows()
     # Ends this process also when its starter is gone, and when no Python code gets to run.
     faulthandler.dump_traceback_later(request["limit"], exit=True)
+    outlive_nobody(request["parent"])
     result = os.open(request["result"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def say(**values):

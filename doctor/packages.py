@@ -106,7 +106,7 @@ def find(name: str, metadata: list[str]) -> Installed | None:
             files.append((spec.origin, stat.st_size, stat.st_mtime_ns))
     except OSError as error:
         files.append((str(error), 0, 0))
-    return Installed(name, _version(watched, metadata), _digest([locations, files]))
+    return Installed(name, _version(watched, metadata), digest([locations, files]))
 
 
 def _version(watched: Watched, metadata: list[str]) -> str:
@@ -137,7 +137,7 @@ def environment(metadata: list[str]) -> str:
 
     A compiled package depends on torch, CUDA, Triton and numpy, so a changed version of anything counts.
     """
-    return _digest([sys.version, platform.machine(), sys.platform, metadata, _driver()])
+    return digest([sys.version, platform.machine(), sys.platform, metadata, _driver()])
 
 
 def _driver() -> list[str]:
@@ -162,8 +162,8 @@ def _driver() -> list[str]:
 
 def fingerprint(installed: Installed, environment: str) -> str:
     """The key under which a verdict about this package in this environment is kept."""
-    return _digest([installed.name, installed.version, installed.digest, environment])
+    return digest([installed.name, installed.version, installed.digest, environment])
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:32]

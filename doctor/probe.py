@@ -19,9 +19,9 @@ from typing import Any
 
 from ..attention.kernel import Kernel, machine_reasons
 from ..attention.machine import Device, Machine
-from .import_probe import LEAST_MEMORY, MEMORY, _alone, _Child, _how, psutil
+from .import_probe import LEAST_MEMORY, MEMORY, Child, alone, how_ended, psutil
 from .kernel_verdict import KernelVerdict
-from .packages import WATCHED, _digest, environment, find, metadata_names
+from .packages import WATCHED, digest, environment, find, metadata_names
 from .store import Store
 from .trials import machine_as_json
 
@@ -35,21 +35,22 @@ CHECKS = 1  # raise it when the trials change, so that everything is proved agai
 Verdicts = dict[str, dict[str, KernelVerdict]]  # kernel → fingerprint → verdict, oldest first
 
 
-class _Trying(_Child):
+class _Trying(Child):
     """One kernel being proved; reads its output, counts its memory and ends it as the import probe's child does."""
 
     def __init__(self, name: str, folder: Path, request: dict[str, Any]):
         self.name, self.started = name, time.monotonic()
-        self.result = folder / f"{name}.result"
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=folder))  # the same kernel may have to be tried twice
+        self.result = folder / "result"
         self.known: set[Any] = set()
         self.tail, self.ended_by = bytearray(), ""
         self.moved, self.size = self.started, 0
-        file = folder / f"{name}.json"
+        file = folder / "request.json"
         file.write_text(json.dumps({**request, "kernel": name, "result": str(self.result)}), "utf-8")
         # -B: nothing is written into anybody's folders.
         command = [sys.executable, "-B", "-X", "faulthandler", "-X", "utf8", str(CHILD), str(file)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, **_alone()
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, **alone()
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -88,9 +89,9 @@ class _Trying(_Child):
         if why == "time":
             return KernelVerdict("hung" if step else "undecided", what + where, raw)
         if why or not step or (os.name != "nt" and code == -signal.SIGKILL):
-            detail = why or f"{_how(code)}{where}; was it ended from outside, or was memory short?"
+            detail = why or f"{how_ended(code)}{where}; was it ended from outside, or was memory short?"
             return KernelVerdict("undecided", detail, raw)
-        return KernelVerdict("crashed", _how(code) + where, raw)
+        return KernelVerdict("crashed", how_ended(code) + where, raw)
 
 
 def without_trying(kernel: Kernel, machine: Machine, device: Device) -> KernelVerdict | None:
@@ -114,12 +115,14 @@ def probe(
     patience: float = PATIENCE,
     memory: int = MEMORY,
     told: Callable[[str, KernelVerdict], None] = lambda _name, _verdict: None,
-    hold: Callable[[], bool] = lambda: False,
+    hold: Callable[[str], bool] = lambda _name: False,
 ) -> dict[str, KernelVerdict]:
     """Prove `kernels` on `device` (the machine's main one). Blocks until all have their verdict; leaves no process.
 
     pack: the pack's folder. tensors: where the children make tensors, if not on `device`: a test pretends a GPU.
-    told: called with each verdict as it comes. hold: while it says True (a prompt runs) no further child is started.
+    told: called with each verdict as it comes. hold: asked all the time about each kernel without a verdict; while it
+    says True (a prompt runs) no child tries that kernel, and one that does is ended, to begin anew later. What it
+    raises ends the probe and its children.
     """
     from sys import path
 
@@ -146,13 +149,19 @@ def probe(
         "tensors": tensors or device.name,
         "path": path,
         "limit": limit + 30,
+        "parent": os.getpid(),
     }
     running: list[_Trying] = []
     with tempfile.TemporaryDirectory(prefix="attune-", ignore_cleanup_errors=True) as folder:
         try:
             while waiting or running:
-                if waiting and len(running) < at_once and not hold():
-                    name = waiting.pop(0)
+                for child in [child for child in running if hold(child.name)]:
+                    child.end("it has to wait")
+                    running.remove(child)
+                    waiting.insert(0, child.name)
+                name = next((name for name in waiting if not hold(name)), "") if len(running) < at_once else ""
+                if name:
+                    waiting.remove(name)
                     try:
                         running.append(_Trying(name, Path(folder), request))
                     except OSError as error:
@@ -180,8 +189,11 @@ def fingerprint(kernel: Kernel, machine: Machine, device: Device, around: str, m
     package = kernel.package.partition(".")[0]
     files = find(package, metadata) if package in WATCHED else None
     version = machine.packages.get(kernel.package), machine.fetched.get(kernel.name)
-    gpu = (device.title, device.architecture.name, device.capability, device.memory)
-    return _digest([CHECKS, kernel.name, gpu, machine.torch, machine.cuda, machine.triton, version, files, around])
+    gpu = (device.title, device.architecture.name, device.capability, device.gfx, device.memory)
+    driver = machine.driver if device.type != "cpu" else ""
+    return digest(
+        [CHECKS, kernel.name, gpu, driver, machine.torch, machine.cuda, machine.triton, version, files, around]
+    )
 
 
 def _parse(data: Any) -> Verdicts:
@@ -239,16 +251,19 @@ def examine(
         store(folder).update(lambda state: [state.pop(kernel.name, None) for kernel in kernels])
     verdicts, keys = stored(kernels, machine, folder, device)
     if keys:
-        fresh = probe([kernel for kernel in kernels if kernel.name in keys], machine, pack, device, **options)
+        told: Callable[[str, KernelVerdict], None] = options.pop("told", lambda _name, _verdict: None)
 
-        def keep(state: Verdicts) -> None:
-            for name, verdict in fresh.items():
-                if verdict.lasting:
-                    kept = state.setdefault(name, {})
-                    kept[keys[name]] = verdict
-                    for old in list(kept)[:-KEPT]:
-                        del kept[old]
+        def keep(name: str, verdict: KernelVerdict) -> None:
+            def add(state: Verdicts) -> None:
+                kept = state.setdefault(name, {})
+                kept[keys[name]] = verdict
+                for old in list(kept)[:-KEPT]:
+                    del kept[old]
 
-        store(folder).update(keep)
-        verdicts.update(fresh)
+            if verdict.lasting:
+                store(folder).update(add)
+            told(name, verdict)
+
+        open_ones = [kernel for kernel in kernels if kernel.name in keys]
+        verdicts.update(probe(open_ones, machine, pack, device, told=keep, **options))
     return {kernel.name: verdicts[kernel.name] for kernel in kernels}

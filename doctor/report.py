@@ -30,7 +30,7 @@ class Report:
     elsewhere: Sequence[dict[str, Any]] = ()
 
 
-def _figure(milliseconds: float) -> str:
+def figure(milliseconds: float) -> str:
     return f"{milliseconds:.2f}" if milliseconds < 10 else f"{milliseconds:.0f}"
 
 
@@ -39,7 +39,7 @@ def summary(one: Diagnosis) -> str:
     verdict = one.verdict
     if verdict.works:
         error = f"error {verdict.error:.2g} ({verdict.allowed:.2g} allowed)" if verdict.error is not None else ""
-        time = f"{_figure(verdict.milliseconds)} ms ({verdict.timed})" if verdict.milliseconds is not None else ""
+        time = f"{figure(verdict.milliseconds)} ms ({verdict.timed})" if verdict.milliseconds is not None else ""
         return ", ".join(part for part in (error, time, f"{verdict.calls} calls compared") if part)
     if one.helpless:
         return one.cause
@@ -82,22 +82,58 @@ def _groups(diagnoses: Sequence[Diagnosis]) -> list[tuple[list[str], Diagnosis]]
     return list(found.values())
 
 
-def head(machine: Machine, device: Device) -> list[str]:
-    """The machine in two lines."""
-    memory = f", {device.memory / 2**30:.0f} GiB" if device.memory else ""
-    sm = f", {device.sm}" if device.sm else ""
-    versions = [
+# Of all that a package offers, what has to do with attention.
+_ATTENTION = re.compile(r"attn|attention|^ops$|fmha", re.IGNORECASE)
+
+
+def package_line(machine: Machine, name: str) -> str:
+    """One package: its version, how it was built, its compiled parts, and what it offers for attention."""
+    title, build = f"  {name} {machine.packages[name] or '(no version)'}", machine.builds.get(name)
+    if build is None:
+        return title
+    built = ", ".join(part for part in (*build.built, build.wheel) if part)
+    offered = [offer for offer in build.names if _ATTENTION.search(offer)]
+    parts = [
+        f"built for {built}" if built else "does not say how it was built",
+        f"compiled: {', '.join(build.modules)}" if build.modules else "nothing compiled in it",
+        f"offers {', '.join(offered)}" if offered else "offers nothing for attention by its name",
+    ]
+    return f"{title}: {'; '.join(parts)}"
+
+
+def versions(machine: Machine) -> list[str]:
+    """What the machine runs, in short."""
+    return [
         f"PyTorch {machine.torch}",
         f"CUDA {machine.cuda}" if machine.cuda else "no CUDA",
+        *([f"driver {machine.driver}"] if machine.driver else []),
         f"Triton {machine.triton}" if machine.triton else "no Triton",
         f"Python {machine.python}",
         f"{machine.system} {platform.machine()}",
     ]
-    packages = [f"{name} {version}".rstrip() for name, version in sorted(machine.packages.items()) if name != "triton"]
+
+
+def device_line(device: Device) -> str:
+    return f"{device.name}: {device.title} ({device.kind}){f', {device.room}' if device.room else ''}"
+
+
+def host_line(machine: Machine) -> str:
+    """What ComfyUI does by itself; "" outside of it."""
+    by = f", chosen by {machine.host_flag}" if machine.host_flag else ""
+    return f"ComfyUI's own attention: {machine.host_attention or 'unknown'}{by}" if machine.host_attention or by else ""
+
+
+def head(machine: Machine, device: Device) -> list[str]:
+    """The machine in a few lines: devices, versions, what the host does by itself, packages."""
+    others = [other for other in machine.devices if other.type != "cpu" and other.name != device.name]
+    lines = [device_line(device), *(f"{device_line(other)} (not looked at here)" for other in others)]
+    lines.append(", ".join(versions(machine)))
+    lines += [line for line in [host_line(machine)] if line]
+    packages = [name for name in sorted(machine.packages) if name != "triton"]
     return [
-        f"{device.name}: {device.title} ({device.architecture.value}{sm}{memory})",
-        ", ".join(versions),
-        f"Attention packages: {', '.join(packages) or 'none'}",
+        *lines,
+        "Attention packages:" if packages else "Attention packages: none",
+        *(package_line(machine, name) for name in packages),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..attention.builds import Build
 from ..attention.call import AttentionCall, Layout, Mask
 from ..attention.errors import InputKind, make_inputs, measure_errors
 from ..attention.kernel import Kernel, Run, call_reasons
@@ -227,4 +228,8 @@ def machine_from_json(data: dict[str, Any]) -> Machine:
         for device in data["devices"]
     )
     fetched = {name: Fetched(**value) for name, value in data["fetched"].items()}
-    return Machine(**{**data, "devices": devices, "fetched": fetched})
+    builds = {
+        name: Build(**{key: tuple(told) if isinstance(told, list) else told for key, told in build.items()})
+        for name, build in data["builds"].items()
+    }
+    return Machine(**{**data, "devices": devices, "fetched": fetched, "builds": builds})

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..attention.builds import Build
 from ..attention.kernel import Kernel
 from ..attention.link import HostLink
 from ..attention.machine import Machine
@@ -122,16 +123,25 @@ class Default:
         return out.transpose(2, 3).reshape(q.shape)
 
 
+def _package(machine: Machine, name: str) -> str:
+    """ "sageattention 2.2.0 (CUDA 12.8; _qattn_sm80, _qattn_sm89)": its version, and what tells builds of it apart."""
+    build, version = machine.builds.get(name, Build()), machine.packages[name]
+    built = () if "+" in version else build.built  # 2.2.0+cu128torch2.8.0 says it already
+    compiled = [module for module in build.modules if "sm" in module]  # the others are in every build of a package
+    told = "; ".join(", ".join(part) for part in (built, compiled) if part)
+    return f"{name} {version}".strip() + (f" ({told})" if told else "")
+
+
 def summary(machine: Machine, name: str | None) -> list[str]:
     """The lines of the start-up block: the machine, and what computes attention where no node says otherwise."""
     lines = ["GPU Configuration Summary"]
     for device in machine.devices:
-        kind = f"{device.architecture.value}, {device.sm}" if device.sm else device.architecture.value
-        room = f", {device.memory / 2**30:.1f} GiB" if device.memory else ""
-        lines.append(f"  {device.name}: {device.title} ({kind}){room}")
+        lines.append(f"  {device.name}: {device.title} ({device.kind}){f', {device.room}' if device.room else ''}")
     parts = [f"torch {machine.torch}", f"CUDA {machine.cuda or 'none'}", f"Triton {machine.triton or 'none'}"]
+    if machine.driver:
+        parts.insert(2, f"driver {machine.driver}")
     lines.append(f"  {', '.join(parts)}, Python {machine.python}, {machine.system}")
-    packages = [f"{package} {version}".strip() for package, version in machine.packages.items() if package != "triton"]
+    packages = [_package(machine, package) for package in machine.packages if package != "triton"]
     lines.append(f"  attention packages: {', '.join(packages) or 'none'}")
     own = f"ComfyUI's own, {machine.host_attention or 'unknown'}"
     if machine.host_flag:

@@ -63,6 +63,7 @@ def host_kernels(module: ModuleType) -> list[Kernel]:
             precision="exact",
             tolerance=_TOLERANCE,
             load=lambda: _host_run(module, "attention_sub_quad"),
+            needs_proof=False,
             needs=Needs(
                 devices=_DEVICES, dtypes=_DTYPES, masks=frozenset({"bool", "float"}), gqa=True, fp32_scores=False
             ),
@@ -76,6 +77,7 @@ def host_kernels(module: ModuleType) -> list[Kernel]:
             precision="exact",
             tolerance=_TOLERANCE,
             load=lambda: _host_run(module, "attention_basic"),
+            needs_proof=False,
             needs=Needs(
                 devices=_DEVICES, dtypes=_DTYPES, masks=frozenset({"bool", "float"}), gqa=True, fp32_scores=False
             ),

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..attention.account import account
+from ..attention.machine import Machine
 from ..attention.record import Record
 
 _KEPT = 50
+
+
+def _facts(machine: Machine, used: list[str]) -> dict[str, Any]:
+    """What a run ran on. `used`: the devices its forwards were on, as torch calls them; empty where nobody knows."""
+    devices = [machine.device(name) for name in used] or [machine.main_device]
+    return {
+        "devices": [{"name": one.name, "title": one.title, "kind": one.kind} for one in devices],
+        "torch": machine.torch,
+        "cuda": machine.cuda,
+        "driver": machine.driver,
+        "system": machine.system,
+        "python": machine.python,
+        "packages": dict(machine.packages),
+        "host_attention": machine.host_attention,
+        "host_flag": machine.host_flag,
+    }
 
 
 @dataclass
@@ -18,8 +38,9 @@ class RunInfo:
     """One sampling run: where in the host it happened, and its record.
 
     `workflow_id` is the id of the workflow in the browser tab that queued the prompt, None for API prompts. `steps` is
-    that of the whole sampling, 0 if unknown. `node_types` maps node ids to class names, `advice` node ids to sentences
-    about this run.
+    that of the whole sampling, 0 if unknown. `made_by` is a fingerprint of the sampler node and all that leads to it,
+    "" if unknown. `node_types` maps node ids to class names, `advice` node ids to sentences about this run. `started`
+    is in seconds since 1970, `seconds` how long the run took. `file`: where it is kept on disk.
     """
 
     number: int
@@ -31,16 +52,29 @@ class RunInfo:
     record: Record
     node_types: dict[str, str]
     steps: int = 0
+    made_by: str = ""
     status: str = "running"
     advice: dict[str, list[str]] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    file: Path | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def close(self) -> None:
+        """The run has ended, in whatever way; `status` says how."""
+        self.seconds = time.time() - self.started
+        self.record.close()
+
+    def _nodes(self) -> dict[str, dict[str, Any]]:
         nodes = {}
         for source, node in self.record.nodes().items():
             advice = self.advice.get(source, [])
             data = node.as_dict()
             data["text"] = "\n".join([data["text"], *advice])
             nodes[source] = {"node_type": self.node_types.get(source, ""), **data, "advice": advice}
+        return nodes
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the browser shows; short."""
         return {
             "run": self.number,
             "prompt_id": self.prompt_id,
@@ -48,11 +82,51 @@ class RunInfo:
             "sampler_node": self.sampler_node,
             "model": self.model,
             "forwards": self.record.forwards,
+            "repeated": self.record.repeated,
             "status": self.status,
             "observed": dict(self.record.observed()),
             "notes": self.record.notes,
-            "nodes": nodes,
+            "nodes": self._nodes(),
         }
+
+    def as_data(self, machine: Machine) -> dict[str, Any]:
+        """Everything that is known of a run that has ended, for JSON."""
+        sigmas = [float(sigma) for sigma in self.record.sigmas]
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "seconds": round(self.seconds, 3),
+            "status": self.status,
+            "prompt_id": self.prompt_id,
+            "workflow_id": self.workflow_id,
+            "sampler_node": self.sampler_node,
+            "model": self.model,
+            "machine": _facts(machine, list(self.record.devices)),
+            "stage": {
+                "first_step": self.record.first_step,
+                "steps": max(0, len(sigmas) - 1),
+                "steps_in_all": self.steps,
+                "first_sigma": sigmas[0] if sigmas else None,
+                "last_sigma": sigmas[-1] if sigmas else None,
+            },
+            **account(self.record),
+            "nodes": self._nodes(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """A few words for the metadata of what is saved."""
+        record = self.record
+        found: dict[str, Any] = {
+            "sampler_node": self.sampler_node,
+            "model": self.model,
+            "status": self.status,
+            "requested": [node.requested for node in record.nodes().values() if node.requested],
+            "observed": dict(record.observed()),
+        }
+        if record.repeated:
+            found["repeated_forwards"] = record.repeated
+        if demoted := list(dict.fromkeys(one.kernel for one in record.happened() if one.kind == "demotion")):
+            found["demoted"] = demoted
+        return found
 
 
 class Runs:
@@ -69,10 +143,15 @@ class Runs:
             self._runs.append(run)
             return run
 
-    def as_list(self) -> list[dict[str, Any]]:
+    def all(self) -> list[RunInfo]:
         with self._lock:
-            runs = list(self._runs)
-        return [run.as_dict() for run in runs]
+            return list(self._runs)
+
+    def of_prompt(self, prompt_id: str | None) -> list[RunInfo]:
+        return [run for run in self.all() if prompt_id is not None and run.prompt_id == prompt_id]
+
+    def as_list(self) -> list[dict[str, Any]]:
+        return [run.as_dict() for run in self.all()]
 
 
 RUNS = Runs()

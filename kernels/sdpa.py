@@ -172,7 +172,12 @@ def _few_kv_heads(call: AttentionCall, machine: Machine) -> str | None:
 
 
 def _kernel(
-    name: str, title: str, load: Callable[[], Run], needs: Needs, memory: Callable[[AttentionCall], int]
+    name: str,
+    title: str,
+    load: Callable[[], Run],
+    needs: Needs,
+    memory: Callable[[AttentionCall], int],
+    needs_proof: bool = True,
 ) -> Kernel:
     return Kernel(
         name=name,
@@ -184,6 +189,7 @@ def _kernel(
         load=load,
         needs=needs,
         url=_URL,
+        needs_proof=needs_proof,
         workspace_bytes=memory,
     )
 
@@ -202,6 +208,7 @@ KERNELS = (
             other_v_dim=True,
         ),
         any_bytes,
+        needs_proof=False,
     ),
     _kernel(
         "sdpa_flash",
@@ -264,5 +271,6 @@ KERNELS = (
             other_v_dim=True,
         ),
         math_bytes,
+        needs_proof=False,
     ),
 )

@@ -105,6 +105,7 @@ KERNELS = (
         # Its own arithmetic is float32; what remains is the rounding of the output.
         tolerance={torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3},
         load=_load,
+        needs_proof=False,
         needs=Needs(
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             dtypes=FULL,

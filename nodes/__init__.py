@@ -8,9 +8,11 @@ from typing import Any
 from comfy_api.latest import ComfyExtension, io
 
 from ..attention.listing import kernel_rows
-from ..host.comfyui import default_account, kernels, machine, start
+from ..host.comfyui import default_account, start
+from ..host.process import kernels, machine, verdicts
 from ..host.server import add_routes
 from .aliases import PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
+from .doctor import AttentionDoctor
 from .rule import AttentionRule
 from .sage3 import Sage3Switch
 from .schema import DISABLED
@@ -18,7 +20,7 @@ from .sdpa import SDPAForce
 from .selector import AttentionSelector
 
 log = logging.getLogger("attune")
-OWN: list[type[io.ComfyNode]] = [AttentionSelector, SDPAForce, Sage3Switch, AttentionRule]
+OWN: list[type[io.ComfyNode]] = [AttentionSelector, SDPAForce, Sage3Switch, AttentionRule, AttentionDoctor]
 OTHERS: list[type[io.ComfyNode]] = [Sage3AttentionOnlySwitch, PathchSageAttentionKJ, PatchFlashAttentionKJ]
 
 
@@ -98,7 +100,7 @@ async def _register_replacements() -> None:
 class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
-            add_routes(lambda: kernel_rows(kernels(), machine()), default_account)
+            add_routes(lambda: kernel_rows(kernels(), machine(), verdicts().outcomes()), default_account)
             await _register_replacements()
             start()
         except Exception:  # the nodes work without any of it

@@ -10,7 +10,9 @@ from comfy_api.latest import io
 
 from ..attention.plan import RefusedError, refused_by_machine
 from ..attention.policy import KERNEL_NAMES, BlockRangeError, Rule, parse_blocks
-from ..host.comfyui import Advisor, attach, count_blocks, kernels, machine, switched_off
+from ..host.attachment import Advisor
+from ..host.comfyui import attach, count_blocks, switched_off
+from ..host.process import kernels, machine, verdicts
 
 CATEGORY = "attention"
 MODEL_IN = "The model whose attention is routed. It is cloned; the model that comes in stays as it is."
@@ -93,10 +95,10 @@ def add_rules(cls: Any, model: Any, *rules: Rule, advisor: Advisor | None = None
         return io.NodeOutput(model)
     source = str(cls.hidden.unique_id or cls.define_schema().node_id)
     rules = tuple(dataclasses.replace(rule, source=source) for rule in rules)
-    device = getattr(model, "load_device", None)
+    where = str(getattr(model, "load_device", machine().main_device.name))
     for rule in rules:
         if rule.on_refusal == "error":
-            refused = refused_by_machine(rule.kernels, kernels(), machine(), str(device) if device else None)
+            refused = refused_by_machine(rule.kernels, kernels(), machine(), where, verdicts().condemned(where))
             if refused:
                 raise RefusedError(refused)
     return io.NodeOutput(attach(model, *rules, node_type=cls.define_schema().node_id, advisor=advisor))

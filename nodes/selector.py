@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..attention.policy import Rule
+from ..attention.policy import ERROR_BUDGET, Rule
 from .schema import (
     ALIASES,
     CATEGORY,
@@ -79,6 +81,26 @@ class AttentionSelector(io.ComfyNode):
                     tooltip="Leave calls with fewer query tokens than this to what stood on the model before, at last "
                     "ComfyUI's own attention. Short calls gain nothing from fast kernels.",
                 ),
+                widget(
+                    io.Float,
+                    "error_budget",
+                    default=ERROR_BUDGET,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,  # prompts from before it was there stay valid
+                    advanced=True,
+                    tooltip="For 'auto' with precision 'fast': how far from exact attention a kernel's results may be, "
+                    "measured while sampling (relative L1). 0 means exact kernels only.",
+                ),
+                widget(
+                    io.Boolean,
+                    "time_calls",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Time every attention call of this model, for the report: which kernel took which share.",
+                ),
             ],
             outputs=model_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -99,6 +121,8 @@ class AttentionSelector(io.ComfyNode):
         when_unavailable: str = "fallback",
         cross_attention: str = "same",
         min_tokens: int = 0,
+        error_budget: float = ERROR_BUDGET,
+        time_calls: bool = False,
     ) -> io.NodeOutput:
         if kernel in (DISABLED, False):
             return io.NodeOutput(model)
@@ -108,7 +132,13 @@ class AttentionSelector(io.ComfyNode):
             return ("auto_fast",) if name == "auto" and precision == "fast" else (name,)
 
         on_refusal = "error" if when_unavailable == "error" else "fall_through"
-        rules = [Rule(kernels(kernel), min_tokens=min_tokens, on_refusal=on_refusal)]
+        same: dict[str, Any] = {
+            "min_tokens": min_tokens,
+            "on_refusal": on_refusal,
+            "error_budget": error_budget,
+            "timed": time_calls,
+        }
+        rules = [Rule(kernels(kernel), **same)]
         if cross_attention != "same":
-            rules.append(Rule(kernels(cross_attention), kind="cross", min_tokens=min_tokens, on_refusal=on_refusal))
+            rules.append(Rule(kernels(cross_attention), kind="cross", **same))
         return add_rules(cls, model, *rules)

@@ -22,8 +22,6 @@ from attune_devtools import CACHE, chrome, comfyui  # noqa: E402
 from support.server import Server  # noqa: E402
 
 pytest_plugins = ["support.gpu_log"]
-
-pytest_plugins = ["support.gpu_log"]
 IN_CI = bool(os.environ.get("CI"))
 NEEDS_COMFYUI = {"comfyui_folder", "models", "server", "make_server", "comfy", "browser", "page", "open_page"}
 NEEDS_BROWSER = {"browser", "page", "open_page"}
@@ -97,10 +95,19 @@ def make_server(comfyui_folder, models, tmp_path_factory):
     as you are done with it; at the end of the session all are stopped.
     """
     started: list[Server] = []
+    home = tmp_path_factory.mktemp("home")  # so that kernels are proved once for all servers
 
     def make(*flags: str, packs=(), env=None, folder="base") -> Server:
         base = tmp_path_factory.mktemp(folder)
-        server = Server.fresh(Path(sys.executable), comfyui_folder, base, models, ("--cpu", *flags), packs, env)
+        server = Server.fresh(
+            Path(sys.executable),
+            comfyui_folder,
+            base,
+            models,
+            ("--cpu", *flags),
+            packs,
+            {"ATTUNE_HOME": str(home), **(env or {})},
+        )
         started.append(server)
         server.start()
         make_inputs(server)
@@ -125,8 +132,9 @@ def make_inputs(server: Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def comfy(comfyui_folder):
+def comfy(comfyui_folder, tmp_path_factory):
     """Makes `import comfy…` work in this process, on the CPU. Returns the folder of ComfyUI."""
+    os.environ["ATTUNE_HOME"] = str(tmp_path_factory.mktemp("home"))
     if str(comfyui_folder) not in sys.path:
         sys.path.append(str(comfyui_folder))
         import comfy.options  # noqa: F401  First: it keeps comfy.cli_args from reading pytest's arguments.

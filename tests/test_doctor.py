@@ -26,8 +26,10 @@ from comfyui_attune.doctor.diagnose import Diagnosis, diagnose, diagnose_one, ou
 from comfyui_attune.doctor.facts import CAUSES
 from comfyui_attune.doctor.hub import OFFERS
 from comfyui_attune.doctor.kernel_verdict import KernelVerdict
+from comfyui_attune.doctor.look import report as look
 from comfyui_attune.doctor.prebuilt import PREBUILT
 from comfyui_attune.doctor.probe import without_trying
+from comfyui_attune.doctor.quarantine import store as quarantine
 from comfyui_attune.doctor.report import Report, as_json, as_text, scrub
 from comfyui_attune.doctor.speeds import PUBLISHED
 from comfyui_attune.kernels import KERNELS
@@ -291,6 +293,26 @@ def test_a_report_keeps_the_verdicts_apart_and_names_shared_causes_once():
     assert f"{', '.join(names)}: cannot import\n" in text
     assert text.count("Traceback …") == 1
     assert "sdpa                  exact  works          error 0.001 (0.002 allowed), 0.50 ms (4096 tokens)" in text
+
+
+def test_a_package_in_quarantine_is_to_be_let_in_not_to_be_installed(tmp_path):
+    here = machine(89)  # inside ComfyUI it looks as if it were not installed
+    quarantine(tmp_path).update(lambda state: state.added.append("sageattention"))
+    verdicts = {kernel.name: without_trying(kernel, here, here.main_device) or WORKS for kernel in KERNELS}
+    found = look(KERNELS, verdicts, here, ROOT, tmp_path)
+    for one in found.diagnoses:
+        let_in = one.cure is not None and one.cure.command == "attune quarantine remove sageattention"
+        assert let_in is (one.kernel.package == "sageattention" and not one.helpless), one.kernel.name
+    text = as_text(found)
+    assert text.count("ComfyUI does not get to see sageattention: in quarantine on request") >= 2
+    assert "pip install sageattention" not in text
+
+
+def test_a_kernel_without_a_verdict_has_not_been_tried_yet(tmp_path):
+    found = look(KERNELS, {}, machine(89), ROOT, tmp_path)
+    assert {one.verdict.outcome for one in found.diagnoses} == {"undecided"}
+    assert "has not been tried yet" in as_text(found) and "still to come" in as_text(found)
+    assert "Best exact on this device: none of flash2, xformers, sdpa works here." in found.outlook
 
 
 SECRETS = [

@@ -43,8 +43,14 @@ def sample(model, steps=4, first=None, last=None, scheduler="simple", denoise=1.
     )  # fmt: skip
 
 
+def host_runs():
+    from comfyui_attune.host.runs import RUNS
+
+    return RUNS.as_list()
+
+
 def last_run(host):
-    return host.RUNS.as_list()[-1]
+    return host_runs()[-1]
 
 
 def test_a_node_clones_and_leaves_the_model_as_it_was(host, wan):
@@ -281,13 +287,15 @@ def test_blocks_are_counted_for_every_family_of_models(host):
 
 
 def test_the_state_of_the_host_is_read_without_a_guess(host):
+    from comfyui_attune.host import process
+
     assert host.machine().host_attention in ("sub_quad", "pytorch", "split")
-    assert host.host_flag() == ""
-    host.launch.use_split_cross_attention = True
+    assert process.host_flag() == ""
+    process.launch.use_split_cross_attention = True
     try:
-        assert host.host_flag() == "--use-split-cross-attention"
+        assert process.host_flag() == "--use-split-cross-attention"
     finally:
-        host.launch.use_split_cross_attention = False
+        process.launch.use_split_cross_attention = False
     assert [device.name for device in host.machine().devices] == ["cpu"]  # the tests' host was started with --cpu
 
 
@@ -314,7 +322,7 @@ def test_two_runs_of_one_patched_model_at_once_are_never_mixed_up(host, wan):
         attachment.outer_sample(sampling)
 
     run(2, between=lambda: run(1))
-    outer, *inner = host.RUNS.as_list()[-3:]
+    outer, *inner = host_runs()[-3:]
     assert [outer["forwards"], *(run["forwards"] for run in inner)] == [2, 1, 1]
     assert attachment.router.idle_session.record.forwards == 0
 

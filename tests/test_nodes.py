@@ -13,11 +13,14 @@ from support.prompts import latent, node, rule, selector, switch, two_stage
 from support.server import PromptFailedError, PromptRejectedError
 
 OWN = {
-    "AttentionSelector": ["model", "kernel", "precision", "when_unavailable", "cross_attention", "min_tokens"],
+    "AttentionSelector": [
+        "model", "kernel", "precision", "when_unavailable", "cross_attention", "min_tokens", "error_budget",
+        "time_calls",
+    ],
     "SDPAForce": ["model", "first", "second", "third", "fourth", "strict"],
     "Sage3Switch": [
         "model", "enable", "per_block_mean", "dense_first_percent", "dense_last_percent", "dense_first_blocks",
-        "dense_last_blocks",
+        "dense_last_blocks", "preset",
     ],
     "AttentionRule": ["model", "kernel", "from_percent", "to_percent", "blocks", "kind"],
 }  # fmt: skip
@@ -152,6 +155,38 @@ def test_dense_parts_run_the_exact_kernel(server):
     assert all("keeps these calls exact" not in reason for r in data["30"]["refused"] for reason in r["reasons"])
 
 
+PRESET_TEXTS = {
+    "quality": "Preset quality: percent 0–20 and 80–100, the first 2 and the last 2 blocks stay exact.",
+    "balanced": "Preset balanced: percent 0–10 and 90–100, the first and the last block stay exact.",
+    "speed": "Preset speed: percent 0–3 and 94–100 stay exact.",
+}
+
+
+@pytest.mark.parametrize("preset", [*PRESET_TEXTS, "custom", None])
+def test_a_preset_keeps_its_parts_exact_and_is_named_on_the_node(server, preset):
+    """Exact parts run sdpa here, the others the host's attention, as there is no Sage3; the model has two blocks."""
+    inputs = {} if preset is None else {"preset": preset}  # prompts from before there were presets have none
+    high, low = server.run(two_stage(on_both(lambda p, m, key: switch(p, m, key, **inputs)), steps=20, split=10)).runs
+    texts = high["nodes"]["20"]["text"], low["nodes"]["21"]["text"]
+    if preset in ("quality", "balanced"):
+        assert high["observed"] == low["observed"] == {"sdpa": 40}
+        assert all("nothing to do" in text for text in texts)
+    elif preset == "speed":
+        assert high["observed"] == low["observed"] == {"sdpa": 4, "host": 36}
+    else:
+        assert high["observed"] == low["observed"] == {"host": 40}
+    assert all((PRESET_TEXTS.get(preset) or "Preset") in text for text in texts) is (preset in PRESET_TEXTS)
+
+
+def test_a_dense_input_above_the_preset_counts(server):
+    make = on_both(lambda p, m, key: switch(p, m, key, preset="speed", dense_first_percent=33.33, dense_last_blocks=1))
+    high, _low = server.run(two_stage(make, steps=20, split=10)).runs
+    # 7 of the 10 steps lie in the first third; in the others the second block is exact
+    assert high["observed"] == {"sdpa": 7 * 4 + 3 * 2, "host": 3 * 2}
+    wanted = "Preset speed: percent 0–33.33 and 94–100, the last block stay exact."
+    assert wanted in high["nodes"]["20"]["text"]
+
+
 def test_when_unavailable_error_stops_before_sampling_with_every_reason(server):
     patch = on_both(lambda p, m, key: selector(p, m, key, "sage3", when_unavailable="error"))
     with pytest.raises(PromptFailedError, match="sage3: package sageattn3 is not installed") as caught:
@@ -204,6 +239,9 @@ def test_a_run_knows_its_workflow_and_two_workflows_are_never_mixed_up(server):
         (lambda p, m, k: rule(p, m, k, "sdpa", from_percent=-5.0), ["from_percent", "0"]),
         (lambda p, m, k: switch(p, m, k, dense_first_percent=120.0), ["dense_first_percent", "100"]),
         (lambda p, m, k: switch(p, m, k, dense_first_percent=60.0, dense_last_percent=40.0), ["nothing to do"]),
+        (lambda p, m, k: switch(p, m, k, preset="quality", dense_first_percent=80.0), ["20", "of preset quality"]),
+        (lambda p, m, k: switch(p, m, k, preset="best"), ["preset", "best", "custom, quality, balanced, speed"]),
+        (lambda p, m, k: switch(p, m, k, preset={}), ["preset", "custom, quality, balanced, speed"]),
         (lambda p, m, k: selector(p, m, k, "auto", cross_attention="disabled"), ["cross_attention", "disabled"]),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_strict_rule_raises_and_names_everything():
 
 
 def test_demotion_and_memory_are_reasons():
-    assert chosen(Rule(("sdpa", "sdpa_cudnn")), demoted={"sdpa": "raised"}) == "sdpa_cudnn"
+    assert chosen(Rule(("sdpa", "sdpa_cudnn")), unfit={"sdpa": "raised"}) == "sdpa_cudnn"
 
 
 def test_names_are_checked_and_the_error_lists_them():
@@ -214,6 +214,17 @@ def test_percent_limits_are_compared_in_float32_as_the_host_does():
     sigma = float(torch.tensor(0.96, dtype=torch.float32))
     assert sigma < 0.96
     assert rule.at_sigma(sigma, lambda percent: 0.96 if percent == 0.25 else 1.0) == {0}
+
+
+def test_percent_0_and_100_have_nothing_outside_them():
+    """A flow model's percent 0 is 1.0; custom sigmas and samplers that add noise begin above it."""
+    rules = (
+        Rule(("sdpa",), to_percent=20),
+        Rule(("flash2",), from_percent=80),
+        Rule(("sage3",), from_percent=20, to_percent=80),
+    )
+    assert Policy(rules).at_sigma(1.1, lambda percent: 1 - percent) == {0}
+    assert Policy(rules).at_sigma(0.0, lambda percent: 1.1 - percent) == {1}
 
 
 def test_a_strict_selector_is_not_broken_by_the_dense_parts_of_a_switch():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -281,27 +283,76 @@ def test_stopping_the_probe_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.setenv("GRANDCHILD", str(tmp_path / "pid"))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
-    def hold() -> bool:
+    def hold(_name: str) -> bool:
         if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
             raise KeyboardInterrupt
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        # The second one waits, so that hold() is asked.
-        probing.probe(chosen("flash2", "sage1"), _with_sage_1(), ROOT, tensors="cpu", at_once=2, hold=Hold(hold))
+        probing.probe(chosen("flash2"), _with_sage_1(), ROOT, tensors="cpu", hold=hold)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     assert gone(int((tmp_path / "pid").read_text()))
 
 
-class Hold:
-    """Lets the first child start, then holds the others and asks `ask`."""
+def test_a_kernel_that_is_held_is_not_tried_and_one_under_way_begins_anew(tmp_path, monkeypatch):
+    code = """
+        from pathlib import Path
+        tries = Path(os.environ["TRIES"])
+        tries.write_text(tries.read_text() + "x")
+        if len(tries.read_text()) == 1:
+            while True:
+                pass
 
-    def __init__(self, ask):
-        self.ask, self.asked = ask, 0
+        def flash_attn_func(q, k, v, softmax_scale=None):
+            return right(q, k, v, softmax_scale).to(q.dtype)
+    """
+    write(tmp_path, {"flash_attn": code})
+    tries, at, seen = tmp_path / "tries", [0.0], []
+    tries.write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("TRIES", str(tries))
 
-    def __call__(self) -> bool:
-        self.asked += 1
-        return self.ask() or self.asked > 1
+    def hold(name: str) -> bool:
+        """From the first try on for two seconds."""
+        if not at[0] and tries.read_text():
+            at[0] = time.monotonic() + 2
+        held = at[0] > time.monotonic()
+        if held:
+            seen.append({child.pid for child in psutil.Process().children(recursive=True)})
+        return held
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    found = probing.probe(chosen("flash2"), _with_sage_1(), ROOT, tensors="cpu", hold=hold)
+    assert found["flash2"].works, found["flash2"]
+    assert tries.read_text() == "xx"
+    assert seen[-1] <= before  # while it was held nothing ran
+
+
+def test_a_child_whose_starter_is_gone_ends_by_itself(tmp_path, monkeypatch):
+    write(tmp_path, {"flash_attn": "import time\nPath = __import__('pathlib').Path\n"
+                     "Path(os.environ['GRANDCHILD']).write_text(str(os.getpid()))\ntime.sleep(600)"})  # fmt: skip
+    monkeypatch.setenv("GRANDCHILD", str(tmp_path / "pid"))
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        textwrap.dedent(f"""
+            import os, sys, threading, time
+            from pathlib import Path
+            sys.path[:0] = {[str(ROOT / "tests"), str(tmp_path)]!r}
+            from support.loading import load_package
+            load_package("comfyui_attune", Path({str(ROOT)!r}))
+            import test_probe
+            from comfyui_attune.doctor import probe
+            def end():
+                while not Path({str(tmp_path / "pid")!r}).exists():
+                    time.sleep(0.1)
+                os._exit(0)
+            threading.Thread(target=end).start()
+            probe.probe(test_probe.chosen("flash2"), test_probe._with_sage_1(), Path({str(ROOT)!r}), tensors="cpu")
+        """),
+        "utf-8",
+    )
+    subprocess.run([sys.executable, str(starter)], check=True, timeout=120)
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 def _with_sage_1() -> Machine:
@@ -352,8 +403,10 @@ def counted(monkeypatch):
     asked: list[list[str]] = []
     answer = KernelVerdict("works", error=1e-3, allowed=2e-3, calls=3)
 
-    def fake(kernels, *_arguments, **_options):
+    def fake(kernels, *_arguments, told, **_options):
         asked.append([kernel.name for kernel in kernels])
+        for name in asked[-1]:
+            told(name, fake.answer)
         return dict.fromkeys(asked[-1], fake.answer)
 
     fake.answer = answer

@@ -1,0 +1,89 @@
+"""How long single attention calls take, without waiting for the device while the run goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_MOST = 20_000  # calls that are timed in a run: a pair of events each, some 10 MB in all
+
+Mark = tuple[torch.device, Any]
+
+
+@dataclass
+class Timing:
+    """What the timed calls of one kernel took: their number, and seconds in all."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
+class Clock:
+    """Times calls from `start` to `stop`; `read` adds them up, once, when the run is over.
+
+    On CUDA by pairs of events on the current stream, which the device passes in its own time; on the CPU by
+    `time.perf_counter`. Other devices are not timed. `untimed` counts the calls that were not: those, those after the
+    first `most`, and those whose events failed. May be used by several threads.
+    """
+
+    def __init__(self, most: int = _MOST) -> None:
+        self.untimed = 0
+        self._most = most
+        self._pairs: list[tuple[str, torch.device, Any, Any]] = []
+        self._timings: dict[str, Timing] = {}
+        self._lock = threading.Lock()
+
+    def start(self, device: torch.device) -> Mark | None:
+        """A call begins on `device`. None: it is not timed."""
+        if len(self._pairs) < self._most:
+            try:
+                if device.type == "cpu":
+                    return device, time.perf_counter()
+                if device.type == "cuda":
+                    return device, _event(device)
+            except RuntimeError:  # the device is in a state that takes no events: a graph is being captured, or worse
+                pass
+        return None
+
+    def stop(self, mark: Mark | None, kernel: str) -> None:
+        """The call that began at `mark` was handed to the device in full, by `kernel`."""
+        if mark is not None:
+            device, begin = mark
+            try:
+                end = time.perf_counter() if device.type == "cpu" else _event(device)
+            except RuntimeError:
+                pass
+            else:
+                self._pairs.append((kernel, device, begin, end))
+                return
+        with self._lock:
+            self.untimed += 1
+
+    def read(self) -> dict[str, Timing]:
+        """Seconds per kernel name. Waits for the device; never raises, and may be asked again."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+            for kernel, device, begin, end in pairs:
+                try:
+                    if device.type == "cpu":
+                        seconds = end - begin
+                    else:
+                        end.synchronize()
+                        seconds = begin.elapsed_time(end) / 1000
+                except Exception:  # a device that is lost tells nothing more
+                    self.untimed += 1
+                    continue
+                timing = self._timings.setdefault(kernel, Timing())
+                timing.calls += 1
+                timing.seconds += seconds
+            return self._timings
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))  # type: ignore[no-untyped-call]
+    return event

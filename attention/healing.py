@@ -1,0 +1,142 @@
+"""Run a forward pass so that a kernel's bad output never reaches the picture: watch it, and repeat it if need be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .guard import NOT_FINITE, Check, Finding, Place, Watch
+from .plan import PLAIN_HOSTS
+from .policy import Rule
+from .router import Router
+from .routing import blame
+from .session import Forward, Session
+
+log = logging.getLogger("attune")
+_RIDDLES = 2  # forwards with NaN and no culprit, after which every kernel that took part has to go
+
+
+class Snapshot:
+    """What containers held before a forward: some of it consumes its lists, or moves a pointer in them.
+
+    Dictionaries, lists and sets are followed, through tuples too; tensors and other objects are left alone. A UNet pops
+    its ControlNet's lists empty, and Wan's autoregressive cache counts up in a dictionary.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._kept: list[tuple[Any, Any]] = []
+        seen: set[int] = set()
+        waiting: list[Any] = list(roots)
+        while waiting:
+            value = waiting.pop()
+            if not isinstance(value, (dict, list, set, tuple)) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if not isinstance(value, tuple):
+                self._kept.append((value, value.copy()))
+            if not isinstance(value, set):
+                waiting.extend(value.values() if isinstance(value, dict) else value)
+
+    def restore(self) -> None:
+        """Put everything back, in place."""
+        for container, before in self._kept:
+            if isinstance(container, list):
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+
+
+def _safe_rules(router: Router) -> tuple[Rule, ...]:
+    """What a repeated forward runs on: the host's own attention, where that is plain."""
+    return () if router.machine.host_attention in PLAIN_HOSTS else (Rule(("sdpa",)),)
+
+
+def healed(
+    router: Router,
+    session: Session,
+    active: frozenset[int],
+    takes_bare_calls: bool,
+    run: Callable[[], Any],
+    snapshot: Snapshot,
+    sigma: torch.Tensor | None = None,
+) -> Any:
+    """What `run` (one forward pass) returns; run again where a kernel's output was not finite, or too far off.
+
+    The repeat is on the host's own attention, and its result is used if it is finite. Then the forward is done once
+    more, each call judged at once, to find the culprit: it is not used again for such calls. If the repeat is no
+    better, attention was not the cause: the first result is returned and nothing is changed. Interrupts go through.
+    """
+    record = session.record
+
+    def forward(guard: Watch | Check, rules: tuple[Rule, ...] | None = None) -> Forward:
+        return Forward(router, session, active, takes_bare_calls, guard=guard, rules=rules, sigma=sigma, held=True)
+
+    watch = Watch(session.sampler)
+    with forward(watch) as first:
+        out = run()
+        health = watch.read(out)
+    for sample in health.samples:
+        record.sampled(sample.route.name, sample.l1, sample.l2, sample.route.call.block if sample.route.call else None)
+    if health.good or session.beyond_help:
+        first.flush(forwards=1)
+        return out
+    guilty = [sample for sample in health.samples if sample.beyond]
+    for sample in guilty:
+        if sample.route.call is not None:
+            blame(router, first, Finding(sample.route.name, Place.of(sample.route.call), sample.beyond))
+    snapshot.restore()
+    again = Watch(session.sampler)
+    with forward(again, _safe_rules(router)) as second:
+        clean = run()
+        better = again.read(clean).finite
+    if not better:
+        session.beyond_help = True
+        first.flush(forwards=1)
+        _say_beyond_help(session)
+        return out
+    first.flush(discarded=True)
+    second.flush(forwards=1)
+    names = ", ".join(watch.kernels)
+    if health.finite:
+        record.event("repeat", "a forward was repeated on the host's own attention", reason=guilty[0].beyond)
+        return clean
+    record.event("repeat", "a forward was repeated on the host's own attention", reason=f"{names} {NOT_FINITE}")
+    snapshot.restore()
+    check = Check(session.sampler)
+    try:
+        with forward(check):
+            run()
+    except router.link.interrupts:
+        raise
+    except Exception as error:  # the clean result is there
+        log.warning("Attention: the forward that looks for the culprit failed: %s", error)
+    if not check.findings:
+        _riddle(session, names, tuple(watch.kernels))
+    return clean
+
+
+def _say_beyond_help(session: Session) -> None:
+    text = (
+        "the model's numbers are not finite, and the host's own attention does not change that: attention is not the "
+        "cause. Nothing was changed. Look at the model's precision (fp16 may overflow), its VAE, LoRAs and the inputs."
+    )
+    session.record.event("not attention", text)
+    if session.record.note(text):
+        log.warning("Attention: %s", text)
+
+
+def _riddle(session: Session, names: str, kernels: tuple[str, ...]) -> None:
+    """NaN came, and did not come again when it was looked for."""
+    session.riddles += 1
+    text = f"{names} {NOT_FINITE}, which did not happen again when the call was looked for; the forward was repeated"
+    if session.riddles >= _RIDDLES:
+        for kernel in kernels:
+            session.ban(kernel, f"{NOT_FINITE} {session.riddles} times in this run, in calls that could not be found")
+        text += f"; after {session.riddles} times it is not used any more in this run"
+    session.record.event("demotion" if session.riddles >= _RIDDLES else "fallback", text, reason=NOT_FINITE)
+    if session.record.note(text):
+        log.warning("Attention: %s.", text)

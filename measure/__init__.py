@@ -1,0 +1,1 @@
+"""What was measured, told: reports of runs."""
