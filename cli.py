@@ -17,6 +17,7 @@ from .doctor.doctor_command import add_doctor
 from .doctor.get_command import add_get
 from .doctor.hub import announce
 from .doctor.store import home
+from .measure.report_command import add_report
 
 
 def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_cache(commands, Path(__file__).parent)
     add_get(commands, Path(__file__).parent)
     add_quarantine(commands, Path(__file__).parent)
+    add_report(commands, lambda state: (state or home(Path(__file__).parent)) / "runs")
     options = parser.parse_args(arguments)
     announce(home(Path(__file__).parent))
     for stream in (sys.stdout, sys.stderr):

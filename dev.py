@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set-up for a fresh machine, standard library only.
 
-    python3 dev.py demo [--serve] [--port N] [--workflow FILE]
+    python3 dev.py demo [--serve] [--port N] [--workflow FILE] [--break KIND]
     python3 dev.py test [--browser] [--no-comfyui] [pytest arguments]
 
 Everything it makes lies in the git-ignored folders .venv and .cache of this checkout. It can be stopped and run again.

@@ -78,6 +78,7 @@ def _plans(record: Record) -> list[dict[str, Any]]:
                 "observed": trail[-1].kernel,
                 "calls": 0,
                 "discarded": 0,
+                "planned_calls": 0,
                 "blocks": [],
                 "kinds": [],
                 "first_step": record.history.step_of_forward(count.forward),
@@ -90,6 +91,7 @@ def _plans(record: Record) -> list[dict[str, Any]]:
             places[trail] = set()
         row["calls"] += count.kept
         row["discarded"] += count.discarded
+        row["planned_calls"] += count.first
         places[trail].add(block)
         if kind not in row["kinds"]:
             row["kinds"].append(kind)
@@ -140,14 +142,14 @@ def account(record: Record) -> dict[str, Any]:
 
     `patterns` holds what forwards did, as rows [block, kind, kernel, calls]; each of `steps` says how many times it
     had which pattern: [number of the pattern, times]. Counts are of calls whose result was used, but for what is
-    called discarded.
+    called discarded. `requested` and `planned` count each of them once, as it was before anything was done again.
     """
     history, plans = record.history, _plans(record)
     requested: Counter[str] = Counter()
     planned: Counter[str] = Counter()
     for row in plans:
-        requested[row["requested"]] += row["calls"]
-        planned[row["planned"]] += row["calls"]
+        requested[row["requested"]] += row["planned_calls"]
+        planned[row["planned"]] += row["planned_calls"]
     events = [
         {
             "kind": what.kind,
@@ -180,8 +182,8 @@ def account(record: Record) -> dict[str, Any]:
         "forwards": record.forwards,
         "repeated": record.repeated,
         "shadowed": record.shadowed,
-        "requested": dict(requested),
-        "planned": dict(planned),
+        "requested": dict(+requested),
+        "planned": dict(+planned),
         "observed": dict(record.observed()),
         "kernels": _kernels(record),
         "timed": record.clock is not None,

@@ -85,5 +85,5 @@ class Clock:
 
 def _event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
     return event

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("attune")
 ROWS = 128  # queries that a sample compares
 _SAMPLE_BYTES = 64 * 2**20  # what a sample may allocate for the scores of several heads at once
+_EVERY = 4  # forwards in which one call is compared, once every route was
 NOT_FINITE = "gave NaN or infinity"
 
 
@@ -79,8 +80,8 @@ class Sample:
         if limit is None:
             return ""
         found = self.l1 if limit.figure == "l1" else self.l2
-        # A reference of zeros: nothing can be said relative to it.
-        if math.isnan(found) or found <= limit.value:
+        # NaN: the reference is zero. Infinite: that is not an error but a broken output, and is found as such.
+        if not math.isfinite(found) or found <= limit.value:
             return ""
         return f"was off by {found:.2g} (relative {limit.figure.upper()} against float32), allowed: {limit.value:.2g}"
 
@@ -133,7 +134,7 @@ def _figures(sums: Sequence[float]) -> tuple[float, float]:
 
 
 class Sampler:
-    """Compares calls of a run with float32: the first of each route, and a random one in every forward."""
+    """Compares calls of a run with float32: the first of each route, then a random one in every fourth forward."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)  # its own: a run's seed must give the same picture with and without it
@@ -141,8 +142,8 @@ class Sampler:
         self._number = 0
 
     def choose(self) -> int:
-        """Which call with a limit, counted from 0, is compared in the forward that begins now."""
-        return self._random.randrange(self._calls or 1)
+        """Which call with a limit, counted from 0, is compared in the forward that begins now; mostly there is none."""
+        return self._random.randrange(_EVERY * self._calls or 1)
 
     def ended(self, calls: int) -> None:
         self._calls = max(self._calls, calls)

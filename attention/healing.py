@@ -98,25 +98,31 @@ def healed(
         first.flush(forwards=1)
         _say_beyond_help(session)
         return out
-    first.flush(discarded=True)
-    second.flush(forwards=1)
     names = ", ".join(watch.kernels)
-    if health.finite:
-        record.event("repeat", "a forward was repeated on the host's own attention", reason=guilty[0].beyond)
-        return clean
-    record.event("repeat", "a forward was repeated on the host's own attention", reason=f"{names} {NOT_FINITE}")
-    snapshot.restore()
-    check = Check(session.sampler)
     try:
-        with forward(check):
+        reason = guilty[0].beyond if health.finite else f"{names} {NOT_FINITE}"
+        record.event("repeat", "a forward was repeated on the host's own attention", reason=reason)
+        if not health.finite:
+            snapshot.restore()
+            check = Check(session.sampler)
+            _look_for_culprit(router, forward(check), run)
+            if not check.findings:
+                _riddle(session, names, tuple(watch.kernels))
+    finally:  # only now, so that what was found is told of this forward and not of the next
+        first.flush(discarded=True)
+        second.flush(forwards=1)
+    return clean
+
+
+def _look_for_culprit(router: Router, checked: Forward, run: Callable[[], Any]) -> None:
+    """The forward once more, for what its guard finds; nobody needs its result."""
+    try:
+        with checked:
             run()
     except router.link.interrupts:
         raise
     except Exception as error:  # the clean result is there
         log.warning("Attention: the forward that looks for the culprit failed: %s", error)
-    if not check.findings:
-        _riddle(session, names, tuple(watch.kernels))
-    return clean
 
 
 def _say_beyond_help(session: Session) -> None:

@@ -77,6 +77,7 @@ class Kernel:
     relative L2 error it may have against float32 on structured inputs, per dtype. `workspace_bytes(call)` is what it
     allocates beyond inputs and output. `install` says in words how to get it. `needs_proof` False: plain PyTorch, which
     the host itself runs in its process; any other kernel is first tried in a child process.
+    `origin`: the file, and a digest of it, of a kernel that is not in the pack; a verdict is of that content.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Kernel:
     install: str = ""
     url: str = ""
     needs_proof: bool = True
+    origin: str = ""
     workspace_bytes: Callable[[AttentionCall], int] = field(default=no_workspace)
 
     @property

@@ -12,7 +12,7 @@ import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,12 +117,18 @@ class Sampled:
 class Calls:
     """Completed calls: those whose result was used, and those whose forward was thrown away.
 
-    `forward` is that in which the first of them was.
+    `forward` is that in which the first of them was. `again` of the kept ones were in the place of discarded ones.
     """
 
     forward: int
     kept: int = 0
     discarded: int = 0
+    again: int = 0
+
+    @property
+    def first(self) -> int:
+        """Calls that were planned like this before anything was done again."""
+        return self.kept - self.again + self.discarded
 
 
 class Record:
@@ -130,7 +136,8 @@ class Record:
 
     The host sets what it knows: `sigmas` (noise levels of this run's steps, one more than there are steps) and
     `first_step` (the number of its first step in the whole sampling), `blocks` and, in models that count two kinds of
-    blocks, `doubles`, and `clock`, where calls are to be timed. `close` ends it.
+    blocks, `doubles`, and `clock`, where calls are to be timed. `close` ends it. A record that never ends (`endless`)
+    keeps no steps.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -140,6 +147,7 @@ class Record:
         self.blocks: int | None = None
         self.doubles = 0
         self.clock: Clock | None = None
+        self.endless = False
         self.forwards = 0
         self.repeated = 0  # forwards that were thrown away and done again
         self.shadowed = 0
@@ -184,9 +192,10 @@ class Record:
                     entry.discarded += count
                 else:
                     entry.kept += count
+                    entry.again += count if self._discarded == self.forwards else 0
             if isinstance(sigma, torch.Tensor):
                 self.devices[str(sigma.device)] = None
-            if not self.closed:
+            if not self.closed and not self.endless:
                 self.history.add(self.forwards, cells, sigma, discarded)
             self.shadowed += shadowed
             if discarded:
@@ -241,7 +250,7 @@ class Record:
     def calls(self) -> dict[tuple[Trail, int | None, str], Calls]:
         """Completed calls by how their plan came about, block and kind."""
         with self._lock:
-            return {key: Calls(count.forward, count.kept, count.discarded) for key, count in self._calls.items()}
+            return {key: replace(count) for key, count in self._calls.items()}
 
     def happened(self) -> dict[Happening, Seen]:
         with self._lock:

@@ -53,6 +53,15 @@ def demote(router: Router, forward: Forward, key: tuple[Any, ...], route: Route,
     else:
         reason = f"raised {kind}: {text}"
     forward.session.demote(_without_block(key), name, reason)
+    call = route.call
+    forward.session.record.event(
+        "demotion",
+        f"{name} {reason}",
+        kernel=name,
+        block=call.block if call else None,
+        call_kind=call.kind if call else "",
+        reason=reason,
+    )
     if forward.session.first_time((name, kind)):
         forward.session.record.note(f"{name} {reason}")
         log.warning("Attention kernel %s %s. Another kernel computes such calls for the rest of the run.", name, reason)
@@ -62,7 +71,10 @@ def blame(router: Router, forward: Forward, finding: Finding) -> None:
     """A kernel's output was no good: never use it again for such calls in this run, and say so once."""
     session = forward.session
     session.blame(finding)
-    text = f"{finding.kernel} {finding.reason} in {finding.place}"
+    text, place = f"{finding.kernel} {finding.reason} in {finding.place}", finding.place
+    session.record.event(
+        "demotion", text, kernel=finding.kernel, block=place.block, call_kind=place.kind, reason=finding.reason
+    )
     if session.first_time((finding.kernel, "no good")):
         session.record.note(f"{text}; another kernel computes such calls for the rest of the run")
         log.warning("Attention kernel %s. Another kernel computes such calls for the rest of the run.", text)

@@ -36,6 +36,7 @@ class Session:
         self._banned: dict[str, str] = {}
         self.findings: list[Finding] = []  # what was found in this run, to be remembered for the next
         self.sampler = Sampler()
+        self.levels: dict[float, float] = {}  # percent / 100 → noise level: asking may read the device
         self.beyond_help = False  # the model's own numbers are not finite, with any attention
         self.riddles = 0  # forwards with NaN whose culprit could not be found
         self._said: set[Any] = set()

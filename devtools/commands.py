@@ -12,7 +12,7 @@ from .venv import Part, Venv, require_python
 
 WORKFLOW = ROOT / "workflows" / "wan2.2_i2v_14b.json"
 USAGE = """\
-python3 dev.py demo [--serve] [--port N] [--workflow FILE]
+python3 dev.py demo [--serve] [--port N] [--workflow FILE] [--break KIND]
        python3 dev.py test [--browser] [--no-comfyui] [pytest arguments]"""
 
 
@@ -28,6 +28,10 @@ def main(arguments: list[str]) -> int:
     demo = commands.add_parser("demo", help="run a Wan 2.2 workflow with tiny models in a real ComfyUI")
     demo.add_argument("--serve", action="store_true", help="leave the server up and print the address to open")
     demo.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
+    demo.add_argument(
+        "--break", dest="broken", choices=("nan", "inf", "error", "raise"), default="",
+        help="let a stand-in kernel go wrong half-way: the video has to be clean all the same",
+    )  # fmt: skip
     demo.add_argument("--workflow", type=Path, default=WORKFLOW, help="UI file to run")
     test = commands.add_parser("test", help="run the tests; further arguments go to pytest", allow_abbrev=False)
     test.add_argument("--browser", action="store_true", help="install Debian's chromium when no browser is there")
@@ -39,7 +43,7 @@ def main(arguments: list[str]) -> int:
         if known.command == "demo":
             from .demo import demo as run
 
-            return run(known.workflow, known.port, known.serve)
+            return run(known.workflow, known.port, known.serve, known.broken)
         from .suite import suite as run
 
         return run(rest, known.browser, not known.no_comfyui)

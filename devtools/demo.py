@@ -21,8 +21,8 @@ DEVICE_PROBE = (
 )
 
 
-def demo(workflow: Path, port: int, serve: bool) -> int:
-    """Run the demo; returns the exit code. Raises Stop."""
+def demo(workflow: Path, port: int, serve: bool, broken: str = "") -> int:
+    """Run the demo; returns the exit code. `broken`: how a kernel is to go wrong half-way (broken.py). Raises Stop."""
     try:
         ui = json.loads(workflow.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -33,22 +33,26 @@ def demo(workflow: Path, port: int, serve: bool) -> int:
     step("Making the tiny models and pictures that the workflow names (random weights, official names)")
     base = comfyui.make_base(CACHE / "demo", CACHE / "models")
     names = sorted({name for name in _strings(ui) if name.endswith(".safetensors") and not set(name) & set("/\n ")})
-    _script(venv, ROOT / "tests" / "tiny_models.py", folder, CACHE / "models", *names)
-    _script(venv, SCRIPTS / "make_inputs.py", base / "input", workflow.absolute())
-    on_cpu = _script(venv, "-c", DEVICE_PROBE).strip() != "True"
-    host = Host(venv.python, folder, base, ["--cpu"] if on_cpu else [], port)
+    script(venv, ROOT / "tests" / "tiny_models.py", folder, CACHE / "models", *names)
+    script(venv, SCRIPTS / "make_inputs.py", base / "input", workflow.absolute())
+    on_cpu = script(venv, "-c", DEVICE_PROBE).strip() != "True"
+    flags = ["--cpu"] if on_cpu else []
+    if broken:
+        from .broken import broken_demo
+
+        return broken_demo(
+            broken, venv, ui, base, lambda env: Host(venv.python, folder, base, flags, port, env=env), on_cpu
+        )
+    host = Host(venv.python, folder, base, flags, port)
     step(f"Starting ComfyUI {'on the CPU ' if on_cpu else ''}at {host.url}")
     try:
         host.start()
-        prompt = _convert(venv, host, ui, base)
-        if on_cpu:
-            prompt, lowered = shrink(prompt, CPU_SIZE, CPU_LENGTH, CPU_STEPS)
-            note("lowered in the prompt for a CPU, the file stays as it is: " + ("; ".join(lowered) or "nothing"))
-        history = _run(venv, host, prompt, ui)
+        prompt = make_prompt(venv, host, ui, base, on_cpu)
+        history = run_prompt(venv, host, prompt, ui)
         print()
         report.machine(host.get("/system_stats"))
         report.kernels(host.get("/attune/kernels")["kernels"])
-        report.calls(_runs(host, history["prompt"][1]), prompt)
+        report.calls(runs_of(host, history["prompt"][1]), prompt)
         report.video(history, base)
         if serve:
             note(f"Open {host.url} - the workflow is under Templates, Extensions. Ctrl+C ends it.")
@@ -69,7 +73,7 @@ def _strings(value):
             yield from _strings(inner)
 
 
-def _script(venv: Venv, *command) -> str:
+def script(venv: Venv, *command) -> str:
     """Run a script with the Python of .venv and return what it printed. Raises Stop with its last line."""
     arguments = [str(venv.python), *map(str, command)]
     done = subprocess.run(arguments, capture_output=True, encoding="utf-8", errors="replace")
@@ -79,7 +83,16 @@ def _script(venv: Venv, *command) -> str:
     return done.stdout
 
 
-def _convert(venv: Venv, host: Host, ui: dict, base: Path) -> dict:
+def make_prompt(venv: Venv, host: Host, ui: dict, base: Path, on_cpu: bool) -> dict:
+    """The API prompt for the UI workflow, on a CPU with smaller sizes."""
+    prompt = convert(venv, host, ui, base)
+    if on_cpu:
+        prompt, lowered = shrink(prompt, CPU_SIZE, CPU_LENGTH, CPU_STEPS)
+        note("lowered in the prompt for a CPU, the file stays as it is: " + ("; ".join(lowered) or "nothing"))
+    return prompt
+
+
+def convert(venv: Venv, host: Host, ui: dict, base: Path) -> dict:
     """The API prompt for the UI workflow, as the front end would send it."""
     step("Converting the workflow to the prompt that the front end would send")
     workflow, object_info = base / "workflow.json", base / "object_info.json"
@@ -89,10 +102,10 @@ def _convert(venv: Venv, host: Host, ui: dict, base: Path) -> dict:
         said = [line for line in host.output().splitlines() if "ComfyUI-Attune" in line and " seconds" not in line]
         raise Stop(f"ComfyUI could not load this pack: {(said or ['it does not say why'])[0]} (all of it: {host.log}).")
     object_info.write_text(json.dumps(known), "utf-8")
-    return json.loads(_script(venv, SCRIPTS / "convert.py", workflow, object_info))
+    return json.loads(script(venv, SCRIPTS / "convert.py", workflow, object_info))
 
 
-def _run(venv: Venv, host: Host, prompt: dict, ui: dict) -> dict:
+def run_prompt(venv: Venv, host: Host, prompt: dict, ui: dict) -> dict:
     """Queue the prompt and follow it; returns its history entry. Raises Stop."""
     client = uuid.uuid4().hex
     watch = subprocess.Popen(
@@ -145,7 +158,7 @@ def _history(host: Host, prompt_id: str) -> dict:
     raise Stop(f"The run ended without a result; look into {host.log}.")
 
 
-def _runs(host: Host, prompt_id: str) -> list[dict]:
+def runs_of(host: Host, prompt_id: str) -> list[dict]:
     """The records of this prompt's sampling runs. Raises Stop when the pack keeps none."""
     try:
         runs = [run for run in host.get("/attune/runs")["runs"] if run["prompt_id"] == prompt_id]

@@ -43,8 +43,8 @@ def calls(runs: list[dict], prompt: dict) -> None:
             note(f"    {text}")
 
 
-def video(history: dict, base: Path) -> None:
-    """The paths of the files written. Raises Stop when there is none."""
+def video(history: dict, base: Path) -> list[Path]:
+    """The paths of the files written, printed and returned. Raises Stop when there is none."""
     found = (item for output in history["outputs"].values() for entry in output.values() for item in entry)
     items = [item for item in found if isinstance(item, dict) and item.get("type") == "output"]
     files = [base / "output" / item["subfolder"] / item["filename"] for item in items]
@@ -53,6 +53,7 @@ def video(history: dict, base: Path) -> None:
     step("Video")
     for file in files:
         note(str(file))
+    return files
 
 
 def branch(prompt: dict, sampler: str) -> str:

@@ -191,9 +191,8 @@ def fingerprint(kernel: Kernel, machine: Machine, device: Device, around: str, m
     version = machine.packages.get(kernel.package), machine.fetched.get(kernel.name)
     gpu = (device.title, device.architecture.name, device.capability, device.gfx, device.memory)
     driver = machine.driver if device.type != "cpu" else ""
-    return digest(
-        [CHECKS, kernel.name, gpu, driver, machine.torch, machine.cuda, machine.triton, version, files, around]
-    )
+    built = machine.torch, machine.cuda, machine.triton
+    return digest([CHECKS, kernel.name, kernel.origin, gpu, driver, *built, version, files, around])
 
 
 def _parse(data: Any) -> Verdicts:

@@ -183,9 +183,15 @@ class Attachment:
 
     def _in_force(self, model: Any, t: torch.Tensor, session: Session) -> frozenset[int]:
         """The rules in force at the noise level `t`. Reads one number from the device, once per forward."""
-        policy = self.router.policy
+        policy, levels = self.router.policy, session.levels
+
+        def level(percent: float) -> float:
+            if percent not in levels:
+                levels[percent] = float(model.model_sampling.percent_to_sigma(percent))
+            return levels[percent]
+
         try:
-            return policy.at_sigma(float(t.max()), model.model_sampling.percent_to_sigma)
+            return policy.at_sigma(float(t.max()), level)
         except (AttributeError, TypeError, ValueError) as error:
             session.record.note(f"this model does not tell how far sampling is ({error}): rules by percent do nothing")
             return policy.without_percent

@@ -5,6 +5,7 @@ A kernel that is not in the pack is tried by naming its file in ATTUNE_EXTRA_KER
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -63,6 +64,7 @@ def _extra(listed: str) -> Iterator[Kernel]:
         path = Path(name).expanduser()
         try:
             found = _exported(path, number)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except (Exception, SystemExit) as error:  # Somebody else's code: the pack goes on without it.
             log.warning("Attune: %s: %s was left out (%s: %s).", EXTRA, path, type(error).__name__, error)
             continue
@@ -72,7 +74,8 @@ def _extra(listed: str) -> Iterator[Kernel]:
             continue
         for kernel in found:
             if isinstance(kernel, Kernel):
-                yield replace(kernel, needs_proof=True)  # Whatever it says of itself.
+                # It is proved whatever it says of itself, and again when its file has changed.
+                yield replace(kernel, needs_proof=True, origin=f"{path} {digest}")
             else:
                 log.warning("Attune: %s: wanted a Kernel in KERNELS of %s, found %.80r.", EXTRA, path, kernel)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 
-NOTHING = "#E9ECEF"  # no call here
+NOTHING = "#F1F3F5"  # no call here
 _OF: dict[str, str] = {
     "host": "#8C8C8C",
     "sdpa": "#0072B2",
@@ -32,7 +32,7 @@ _OF: dict[str, str] = {
     "attune_int8": "#8E3E6C",
     "split": "#F0E442",
     "sub_quad": "#3D3D3D",
-    "basic": "#BDB76B",
+    "basic": "#C2C2C2",
 }
 _OTHERS = ("#5B3A29", "#A0785A", "#2F5D62", "#9AA65B")
 

@@ -35,7 +35,10 @@ def in_ranges(numbers: Iterable[int]) -> str:
 
 @dataclass
 class Phase:
-    """Steps that are alike, and what ran in them: (kernels, kind, blocks), kernels joined where several shared calls."""
+    """Steps that are alike, and what ran in them: (kernels, kind, blocks).
+
+    Kernels are joined where several shared the calls; kind is "" where it made no difference.
+    """
 
     steps: list[int]
     rows: list[tuple[str, str, list[int | None]]]
@@ -48,7 +51,11 @@ def phases(run: dict[str, Any]) -> list[Phase]:
         rows: dict[tuple[str, str], list[int | None]] = {}
         for (block, kind), kernels in cells.items():
             rows.setdefault((" and ".join(sorted(kernels)), kind), []).append(block)
-        listed = [(kernels, kind, blocks) for (kernels, kind), blocks in rows.items()]
+        for kernels in {kernels for kernels, _ in rows}:
+            if rows.get((kernels, "self")) == (both := rows.get((kernels, "cross"))) is not None:
+                del rows[kernels, "self"], rows[kernels, "cross"]
+                rows[kernels, ""] = both
+        listed = sorted((kernels, kind, blocks) for (kernels, kind), blocks in rows.items())
         if found and found[-1].rows == listed:
             found[-1].steps.append(step)
         else:

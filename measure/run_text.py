@@ -33,7 +33,8 @@ def read_run(path: Path) -> dict[str, Any]:
         raise NotARunError(f"{path} is no record of a run: wanted kind {KIND!r}, found {found!r}")
     if data.get("schema") != SCHEMA:
         raise NotARunError(
-            f"{path} was written by another version of ComfyUI-Attune: wanted schema {SCHEMA}, found {data.get('schema')!r}"
+            f"{path} was written by another version of ComfyUI-Attune: wanted schema {SCHEMA}, "
+            f"found {data.get('schema')!r}"
         )
     missing = [key for key in _NEEDED if key not in data]
     if missing:
@@ -56,7 +57,11 @@ def error_text(error: dict[str, Any] | None) -> str:
 
 
 def share_text(kernel: dict[str, Any]) -> str:
-    return "" if kernel["share"] is None else f"{100 * kernel['share']:.0f} %"
+    return "" if kernel["share"] is None else percent(kernel["share"])
+
+
+def percent(share: float) -> str:
+    return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
 def event_text(event: dict[str, Any]) -> str:
@@ -105,7 +110,7 @@ def _course(run: dict[str, Any]) -> list[str]:
         for kernels, kind, blocks in phase.rows:
             known = [block for block in blocks if block is not None]
             where = f" in block{'s' if len(known) > 1 else ''} {in_ranges(known)}" if known else ""
-            told.append(f"{kernels} for {kind} attention{where}")
+            told.append(f"{kernels}{f' for {kind} attention' if kind else ''}{where}")
         lines.append(f"  step{'s' if len(phase.steps) > 1 else ''} {in_ranges(phase.steps)}: {'; '.join(told)}")
     if len(parts) > _MOST:
         lines.append(f"  and {len(parts) - _MOST} more parts, in the JSON")
@@ -140,12 +145,17 @@ def run_text(run: dict[str, Any], number: int = 0) -> str:
     lines = [head, f"{run.get('started', '')}, {run.get('seconds', 0):.1f} s, on {device_line(run)}"]
     stage = run["stage"]
     if stage["first_sigma"] is not None:
-        lines.append(f"Noise from {stage['first_sigma']:.4g} to {stage['last_sigma']:.4g}, {run['forwards']:,} forwards")
+        lines.append(
+            f"Noise from {stage['first_sigma']:.4g} to {stage['last_sigma']:.4g}, {run['forwards']:,} forwards"
+        )
     if run["tokens"]:
         lines.append(f"Sequences of up to {run['tokens']:,} tokens (self attention)")
     lines += _section("Asked for:", [f"  {rule['words']} (node {rule['node']})" for rule in run["policy"]])
     planned = ", ".join(f"{name} ×{count:,}" for name, count in run["planned"].items() if count)
-    lines += [f"Planned: {planned or 'nothing'}", f"Ran: {kernel_summary([run]) or 'no attention call reached the pack'}"]
+    lines += [
+        f"Planned: {planned or 'nothing'}",
+        f"Ran: {kernel_summary([run]) or 'no attention call reached the pack'}",
+    ]
     lines += _kernels(run)
     lines += _section("Where:", _course(run))
     if run["forwards_left_out"]:

@@ -8,11 +8,12 @@ from typing import Any
 from comfy_api.latest import ComfyExtension, io
 
 from ..attention.listing import kernel_rows
-from ..host.comfyui import default_account, start
+from ..host.comfyui import default_account, start, switched_off
 from ..host.process import kernels, machine, verdicts
-from ..host.server import add_routes
+from ..host.server import add_routes, watch_prompts
 from .aliases import PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
 from .doctor import AttentionDoctor
+from .report import AttentionReport
 from .rule import AttentionRule
 from .sage3 import Sage3Switch
 from .schema import DISABLED
@@ -20,7 +21,14 @@ from .sdpa import SDPAForce
 from .selector import AttentionSelector
 
 log = logging.getLogger("attune")
-OWN: list[type[io.ComfyNode]] = [AttentionSelector, SDPAForce, Sage3Switch, AttentionRule, AttentionDoctor]
+OWN: list[type[io.ComfyNode]] = [
+    AttentionSelector,
+    SDPAForce,
+    Sage3Switch,
+    AttentionRule,
+    AttentionDoctor,
+    AttentionReport,
+]
 OTHERS: list[type[io.ComfyNode]] = [Sage3AttentionOnlySwitch, PathchSageAttentionKJ, PatchFlashAttentionKJ]
 
 
@@ -101,6 +109,8 @@ class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
             add_routes(lambda: kernel_rows(kernels(), machine(), verdicts().outcomes()), default_account)
+            if not switched_off():
+                watch_prompts()
             await _register_replacements()
             start()
         except Exception:  # the nodes work without any of it

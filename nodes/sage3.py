@@ -36,7 +36,7 @@ class Dense(NamedTuple):
 
 
 CUSTOM = "custom"
-# Artefacts of 4-bit attention come from both ends: SageAttention 3's authors and WanVideoWrapper keep the first and the
+# Artefacts of 4-bit attention come from both ends: SageAttention 3's README and WanVideoWrapper keep the first and the
 # last step off it (ComfyUI issue 10076), ComfyUI's own draft of such a node these and the first and the last block
 # (ComfyUI pull request 11571). "speed" is the former: 3 and 6 lie between the steps of 20 to 33, so that no rounding
 # decides whether the last one counts. "balanced" is the latter with a tenth of the sampling instead of a step. With 20

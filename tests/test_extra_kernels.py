@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -18,8 +19,10 @@ from standins.cases import pretended
 from comfyui_attune import kernels
 from comfyui_attune.attention.errors import make_inputs, measure_errors
 from comfyui_attune.attention.kernel import Kernel, machine_reasons
-from comfyui_attune.attention.machine import read_machine
+from comfyui_attune.attention.machine import Machine, read_machine
+from comfyui_attune.attention.policy import Policy, Rule
 from comfyui_attune.attention.reference import reference_attention
+from comfyui_attune.attention.router import Router
 from comfyui_attune.doctor import probe
 from support.loading import ROOT
 
@@ -155,6 +158,15 @@ KERNELS = (replace(sdpa, name="good"), replace(sdpa, name="bad", load=load))
     assert verdicts["bad"].outcome == "wrong numbers" and verdicts["bad"].error == pytest.approx(0.5, rel=0.01)
 
 
+def test_a_verdict_holds_for_one_content_of_the_file_and_never_for_the_packs_kernel(place, tmp_path):
+    machine, seen = read_machine(gpus=False), set()
+    for code in ("KERNELS = (replace(sdpa, title='one'),)", "KERNELS = (replace(sdpa, title='two'),)", ""):
+        kernel = named(kernels.with_extra(write(place / "mine.py", code)) if code else kernels.KERNELS)["sdpa"]
+        _, keys = probe.stored([kernel], machine, tmp_path)
+        seen.add(keys["sdpa"])
+    assert len(seen) == 3
+
+
 # The stand-ins
 
 
@@ -251,7 +263,9 @@ def test_a_specification_is_read_in_its_parts(module):
     [
         "sage1", "sage1:nan", "sage1,nan,odd", "sage1:nan:odd:odd", "sage1:anywhere:odd", "sage1:bad:odd",
         "sage1:nan:", "sage1:nan:from", "sage1:nan:from=", "sage1:nan:from=-1", "sage1:nan:from=x", "sage1:nan:from=²",
-        "sage1:nan:sometimes", "sage1:nan:odd=1", "sage1:nan:every=4", "sage1:nan:every=0,at=0",
+        "sage1:nan:block", "sage1:nan:block=", "sage1:nan:block=-1", "sage1:nan:block=1,self",
+        "sage1:nan:block=1,kind=", "sage1:nan:block=1,kind=both", "sage1:nan:sometimes", "sage1:nan:odd=1",
+        "sage1:nan:every=4", "sage1:nan:every=0,at=0",
         "sage1:nan:every=2,at=2", "sage1:nan=1:odd", "sage1:error:odd", "sage1:error=:odd", "sage1:error=0:odd",
         "sage1:error=nan:odd", "sage1:error=inf:odd", "sage1:error=x:odd",
     ],
@@ -266,6 +280,57 @@ def test_a_specification_that_cannot_be_read_is_an_error_and_installs_nothing(mo
 def test_a_fault_of_a_kernel_without_a_stand_in_is_an_error(installed, said):
     assert installed("sdpa:nan:odd") == named(kernels.KERNELS)
     assert "no stand-in for a kernel called 'sdpa'" in said.messages[-1]
+
+
+def test_a_fault_may_hit_one_block(module):
+    def hit(text: str) -> list[tuple[int | None, int]]:
+        """(block, keys) of the calls of a router that the fault hits: two blocks with self and cross attention."""
+        (fault,) = module.parse_faults(f"split:nan:{text}")
+        found = []
+
+        def run(q, k, v, *, mask=None, scale=None):
+            if fault.hits(0):
+                found.append((block, k.shape[2]))
+            return q
+
+        kernel = dataclasses.replace(named(kernels.KERNELS)["split"], load=lambda: run)
+        router = Router(Policy((Rule(("split",)),)), {"split": kernel}, Machine())
+        q, short = torch.zeros(1, 9, 64), torch.zeros(1, 4, 64)
+        for block in (0, 1, None):
+            for k in (q, short):
+                router(None, q, k, k, 2, transformer_options={} if block is None else {"block_index": block})
+        return found
+
+    assert hit("block=1") == [(1, 9), (1, 4)]
+    assert hit("block=0,kind=self") == [(0, 9)] and hit("block=1,kind=cross") == [(1, 4)]
+    assert hit("block=2") == [] and len(hit("from=0")) == 6
+    (fault,) = module.parse_faults("split:nan:block=0")
+    assert not fault.hits(0)  # no router made this call
+
+
+def test_a_file_of_faults_is_read_anew_and_begins_to_count_anew(installed, place, monkeypatch):
+    file = place / "faults.txt"
+    monkeypatch.setenv("ATTUNE_STANDIN_FAULT_FILE", str(file))
+    with standins.installed("sage2"):
+        found = installed("sage2_fp16_cuda:nan:from=0", ATTUNE_STANDIN_FAULT_IN="server")
+        kernel = found["sage2_fp16_cuda"]
+        given = inputs(kernel, torch.float32)
+
+        def good(calls: int = 2, fresh: bool = True) -> list[bool]:
+            runs = [kernel.load() for _ in range(calls)] if fresh else [kernel.load()] * calls
+            return [bool(run(*given).isfinite().all()) for run in runs]
+
+        assert good() == [True, True]  # there is no such file: no faults
+        file.write_text("sage2_fp16_cuda:nan:call=1", "utf-8")
+        assert good(3) == [True, False, True] and good() == [True, True]
+        file.write_text("sage2_fp16_cuda:nan:call=1", "utf-8")
+        os.utime(file, ns=(1, 1))
+        assert good(3, fresh=False) == [True, False, True]
+        file.write_text("sage1:nan:from=0", "utf-8")
+        assert good() == [True, True]
+        file.write_text("sdpa:nan:from=0", "utf-8")
+        with pytest.raises(ValueError, match="no stand-in for a kernel called 'sdpa'"):
+            kernel.load()
 
 
 @pytest.fixture

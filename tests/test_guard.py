@@ -141,17 +141,18 @@ def test_the_error_is_held_against_the_budget_or_the_kernels_own_word(limit, goo
         assert health.samples[0].beyond == "was off by 0.06 (relative L1 against float32), allowed: 0.05"
 
 
-def test_the_first_call_of_each_route_is_compared_and_one_in_every_forward():
+def test_the_first_call_of_each_route_is_compared_and_later_one_now_and_then():
     sampler, per_forward = Sampler(), []
     q, k, v = (flat(t) for t in make_inputs(1, 4, 64, 64, 8))
     routes = [route(q, k, v, Limit("l2", 0.1), skip_reshape=False) for _ in range(6)]
-    for _ in range(40):
+    for _ in range(161):
         watch = Watch(sampler)
         for one in routes:
             watch.see(one, q, k, v, None, torch.zeros_like(q))
         per_forward.append([sample.route for sample in watch.read().samples])
     assert per_forward[0] == routes
-    assert all(len(compared) == 1 for compared in per_forward[1:])
+    assert all(len(compared) <= 1 for compared in per_forward[1:])
+    assert 20 < sum(map(len, per_forward[1:])) < 60  # a quarter of 160
     assert {one for compared in per_forward[1:] for one in compared} == set(routes)
 
 

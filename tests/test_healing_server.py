@@ -41,7 +41,7 @@ def test_nan_from_a_call_on(broken):
     for run in result.runs:
         print(run)
     assert torch.isfinite(prompts.latent(result)).all()
-    print((prompts.latent(result)-clean).abs().max())
+    print((prompts.latent(result) - clean).abs().max())
     assert torch.allclose(prompts.latent(result), clean, atol=1e-2)
     print(server.output()[-3000:])
     assert 0

@@ -1,4 +1,5 @@
-"""Tiny Wan 2.2 models that ComfyUI's real loaders accept, under the official file names, with seeded random weights.
+"""Tiny models that ComfyUI's real loaders accept, with seeded random weights: Wan 2.2 under the official file names,
+Flux, SD3 and SD1.5.
 
     <python of .venv> tests/tiny_models.py <folder of ComfyUI> <models folder> [file name ...]
 
@@ -67,18 +68,71 @@ def wan(seed: int, target: Path, in_dim: int, out_dim: int) -> None:
     save(random_state(model, seed), target, {"config": json.dumps({"transformer": {"text_dim": 768}})})
 
 
-def lora(seed: int, target: Path) -> None:
-    """A LoRA of rank 4 for the attention projections of wan()."""
+def flux(seed: int, target: Path) -> None:
+    """A Flux model: 2 double and 2 single blocks of 2 heads of 128, its text input as wide as CLIP-L's output."""
+    import comfy.ldm.flux.model
+    import comfy.ops
+
+    model = comfy.ldm.flux.model.Flux(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=768, hidden_size=256, mlp_ratio=4.0,
+        num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
+        guidance_embed=True, txt_ids_dims=[], operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    save(random_state(model, seed), target, fp8=True)
+
+
+def sd3(seed: int, target: Path) -> None:
+    """An SD3 model: 2 blocks of 2 heads of 64, its text input as wide as CLIP-L's output."""
+    import comfy.ldm.modules.diffusionmodules.mmdit
+    import comfy.ops
+
+    text = {"target": "torch.nn.Linear", "params": {"in_features": 768, "out_features": 128}}
+    model = comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper(
+        input_size=None, patch_size=2, in_channels=16, depth=2, adm_in_channels=768, context_embedder_config=text,
+        num_patches=64, pos_embed_max_size=8, qk_norm="rms", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    save(random_state(model, seed), target, fp8=True)
+
+
+# The names of SD1.5 need these widths; the rest is as small as it can be: one level, one block at each of its places.
+_SD15 = {
+    "image_size": 32, "in_channels": 4, "model_channels": 320, "num_res_blocks": [1], "channel_mult": [1],
+    "num_heads": 8, "use_spatial_transformer": True, "transformer_depth": [1], "transformer_depth_middle": 1,
+    "context_dim": 768, "legacy": False,
+}  # fmt: skip
+
+
+def sd15(seed: int, target: Path) -> None:
+    """An SD1.5 UNet with three transformers of 8 heads of 40."""
+    import comfy.ldm.modules.diffusionmodules.openaimodel
+    import comfy.ops
+    import torch
+
+    model = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
+        out_channels=4, transformer_depth_output=[0, 1], dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init, **_SD15,
+    )  # fmt: skip
+    save(random_state(model, seed), target, fp8=True)
+
+
+def sd15_controlnet(seed: int, target: Path) -> None:
+    """A ControlNet for sd15(), with weights where an untrained one has zeros."""
+    import comfy.cldm.cldm
+    import comfy.ops
+
+    model = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **_SD15)
+    save(random_state(model, seed), target, fp8=True)
+
+
+def lora(seed: int, target: Path, layers: tuple[str, ...], scale: float = 1.0) -> None:
+    """A LoRA of rank 4 for `layers`, square ones of width 256. With `scale` NaN every weight of theirs becomes NaN."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
     state = {}
-    for block in range(2):
-        for part in ("self_attn", "cross_attn"):
-            for name in "qkvo":
-                key = f"diffusion_model.blocks.{block}.{part}.{name}"
-                state[f"{key}.lora_down.weight"] = torch.randn(4, 256, generator=random) / 16
-                state[f"{key}.lora_up.weight"] = torch.randn(256, 4, generator=random) / 16
+    for layer in layers:
+        state[f"diffusion_model.{layer}.lora_down.weight"] = torch.randn(4, 256, generator=random) / 16
+        state[f"diffusion_model.{layer}.lora_up.weight"] = torch.randn(256, 4, generator=random) / 16 * scale
     save(state, target)
 
 
@@ -161,27 +215,41 @@ def random_weight(name: str, shape, random):
     return torch.randn(shape, generator=random) / math.sqrt(math.prod(shape[1:]))
 
 
-def save(state: dict, target: Path, metadata: dict | None = None) -> None:
-    """Write `state` as float16."""
+def save(state: dict, target: Path, metadata: dict | None = None, fp8: bool = False) -> None:
+    """Write `state` as float16, or in 8 bits where the file has to be small."""
     import safetensors.torch
     import torch
 
-    half = {name: weight.to(torch.float16) if weight.is_floating_point() else weight for name, weight in state.items()}
+    dtype = torch.float8_e4m3fn if fp8 else torch.float16
+    half = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in state.items()}
     safetensors.torch.save_file({name: weight.contiguous() for name, weight in half.items()}, str(target), metadata)
 
 
+_FLUX_LAYERS = tuple(f"double_blocks.{block}.{part}.proj" for block in range(2) for part in ("img_attn", "txt_attn"))
+_WAN_LAYERS = tuple(
+    f"blocks.{block}.{part}.{name}" for block in range(2) for part in ("self_attn", "cross_attn") for name in "qkvo"
+)
+
+
 def _recipes() -> dict:
+    wan_lora = functools.partial(lora, layers=_WAN_LAYERS)
     made = {
         "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": clip_l,
         "vae/wan_2.1_vae.safetensors": vae_2_1,
         WAN_2_2_VAE: vae_2_2,
         "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors": functools.partial(wan, in_dim=48, out_dim=48),
+        "diffusion_models/flux1-dev.safetensors": flux,
+        "diffusion_models/sd3_medium.safetensors": sd3,
+        "diffusion_models/sd1.5.safetensors": sd15,
+        "controlnet/control_sd1.5.safetensors": sd15_controlnet,
+        "loras/flux.safetensors": functools.partial(lora, layers=_FLUX_LAYERS),
+        "loras/nan.safetensors": functools.partial(lora, layers=("blocks.0.self_attn.v",), scale=math.nan),
     }
     for noise in ("high", "low"):
         for kind, in_dim, version in (("i2v", 36, "v1"), ("t2v", 16, "v1.1")):
             model = f"diffusion_models/wan2.2_{kind}_{noise}_noise_14B_fp8_scaled.safetensors"
             made[model] = functools.partial(wan, in_dim=in_dim, out_dim=16)
-            made[f"loras/wan2.2_{kind}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors"] = lora
+            made[f"loras/wan2.2_{kind}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors"] = wan_lora
     # The seed comes from the name: each file is different, and the same on every machine.
     return {path: functools.partial(make, zlib.crc32(path.encode())) for path, make in made.items()}
 

@@ -20,12 +20,19 @@ from 0, in each process by themselves; a call that reaches another kernel does n
             call=N       this call only
             odd          calls 1, 3, 5, …
             every=K,at=J calls whose number modulo K is J: with K calls in a forward, one block
+            block=N      calls in block N of a model; block=N,kind=self (or cross) only those of this kind
 
-    sage2_fp8_cuda:nan:from=40        flash2:error=0.06:every=4,at=2;flash2:raise:call=9
+    sage2_fp8_cuda:nan:from=40        flash2:error=0.06:every=4,at=2;flash2:raise:call=9        sage1:nan:block=3
+
+ATTUNE_STANDIN_FAULT_FILE names a file with such a specification, which takes the place of ATTUNE_STANDIN_FAULT: a
+kernel reads it whenever it is loaded, that is at the first call of each kind in a sampling run. When it was written
+anew, the calls are numbered from 0 again; where it is missing, there are no faults.
 
 A fault hits only in a process that has ATTUNE_STANDIN_FAULT_IN=server and is no child of the doctor, which so proves
 the kernel good. "anywhere:" before the kind (sage1:anywhere:nan:from=0) hits everywhere. A specification that cannot
 be read, or names a kernel that is not here, is a ValueError: the file is left out and the log says why.
+
+ATTUNE_STANDIN_FAST names a kernel that `auto` with precision `fast` tries first on the CPU, where it has none.
 """
 
 from __future__ import annotations
@@ -33,15 +40,19 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..attention import machine
 from ..attention.kernel import Kernel, Run
 from . import KERNELS as PACK
 
+KINDS_OF_CALLS = ("self", "cross")
 KINDS = ("nan", "inf_row", "error", "raise", "exit", "print", "patch")
 EXIT_CODE = 66
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -49,13 +60,42 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong (`size` belongs to "error"), in which calls, and whether in every process."""
+    """What goes wrong (`size` belongs to "error"), in which calls, and whether in every process.
+
+    `numbers` chooses calls by their number, `block` and `block_kind` ("": both) by where they are made.
+    """
 
     kernel: str
     kind: str
     size: float
-    hits: Callable[[int], bool]
+    numbers: Callable[[int], bool]
     anywhere: bool
+    block: int | None = None
+    block_kind: str = ""
+
+    def hits(self, index: int) -> bool:
+        """Does it hit call `index`, which is being made now?"""
+        if not self.numbers(index):
+            return False
+        if self.block is None:
+            return True
+        block, kind = place() or (None, "")
+        return block == self.block and self.block_kind in ("", kind)
+
+
+def place() -> tuple[int | None, str] | None:
+    """(block, "self" or "cross") of the call that is being made; None outside the pack's router.
+
+    A kernel is not told; the router's frame, which is further up the stack, knows it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and Path(code.co_filename).parts[-2:] == ("attention", "router.py"):
+            call = frame.f_locals["route"].call
+            return call and (call.block, call.kind)
+        frame = frame.f_back
+    return None
 
 
 def _number(text: str, least: int = 0) -> int:
@@ -64,24 +104,30 @@ def _number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def _when(text: str) -> Callable[[int], bool]:
+def _when(text: str) -> dict[str, Any]:
+    """The fields of a Fault that WHEN stands for."""
     word, _, value = text.partition("=")
     match word:
         case "odd" if text == "odd":
-            return lambda index: index % 2 == 1
+            return {"numbers": lambda index: index % 2 == 1}
         case "from":
             first = _number(value)
-            return lambda index: index >= first
+            return {"numbers": lambda index: index >= first}
         case "call":
             only = _number(value)
-            return lambda index: index == only
+            return {"numbers": lambda index: index == only}
+        case "block":
+            number, comma, kind = value.partition(",kind=")
+            if comma and kind not in KINDS_OF_CALLS:
+                raise ValueError(f"wanted {' or '.join(KINDS_OF_CALLS)}, found {kind!r}")
+            return {"numbers": lambda _index: True, "block": _number(number), "block_kind": kind}
         case "every":
             every, _, at = value.partition(",at=")
             modulus, rest = _number(every, 1), _number(at)
             if rest >= modulus:
                 raise ValueError(f"{text!r} hits nothing: at has to be below every")
-            return lambda index: index % modulus == rest
-    raise ValueError(f"wanted from=N, call=N, odd or every=K,at=J, found {text!r}")
+            return {"numbers": lambda index: index % modulus == rest}
+    raise ValueError(f"wanted from=N, call=N, odd, every=K,at=J or block=N, found {text!r}")
 
 
 def parse_faults(text: str) -> list[Fault]:
@@ -103,7 +149,7 @@ def parse_faults(text: str) -> list[Fault]:
         size = float(value) if value else 0.0
         if kind == "error" and not 0 < size < float("inf"):
             raise ValueError(f"wanted a size above 0, found {value!r}")
-        faults.append(Fault(name, kind, size, _when(when), anywhere))
+        faults.append(Fault(name, kind, size, anywhere=anywhere, **_when(when)))
     return faults
 
 
@@ -137,14 +183,43 @@ def hits_here(fault: Fault) -> bool:
     return fault.anywhere or (os.environ.get("ATTUNE_STANDIN_FAULT_IN") == "server" and not proved)
 
 
-def widened(kernel: Kernel, faults: list[Fault]) -> Kernel:
+class Faults:
+    """The faults of this process, and the number of the next call of each kernel."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+        self._written: tuple[int, str] | None = None
+        self._read(os.environ.get("ATTUNE_STANDIN_FAULT", ""))
+
+    def _read(self, text: str) -> None:
+        self._faults = parse_faults(text)
+        for fault in self._faults:
+            if fault.kernel not in self._names:
+                raise ValueError(
+                    f"there is no stand-in for a kernel called {fault.kernel!r}; there are {sorted(self._names)}"
+                )
+        # For all loads of a kernel: a router loads it for every new kind of call.
+        self.calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+    def of(self, kernel: str) -> list[Fault]:
+        """What goes wrong in this kernel, in this process, as the file says now."""
+        file = os.environ.get("ATTUNE_STANDIN_FAULT_FILE")
+        if file:
+            path = Path(file)
+            written = (path.stat().st_mtime_ns, path.read_text("utf-8")) if path.exists() else (0, "")
+            if written != self._written:
+                self._written = written
+                self._read(written[1])
+        return [fault for fault in self._faults if fault.kernel == kernel and hits_here(fault)]
+
+
+def widened(kernel: Kernel, faults: Faults) -> Kernel:
     """`kernel` with needs that the CPU meets, and the faults that are its own."""
     needs = replace(kernel.needs, devices=kernel.needs.devices | {"cpu"}, dtypes=DTYPES, triton=False)
-    own = [fault for fault in faults if fault.kernel == kernel.name and hits_here(fault)]
-    calls = itertools.count()  # for all loads of this kernel: a router loads it for every new kind of call
 
     def load() -> Run:
         real = kernel.load()
+        own = faults.of(kernel.name)
 
         def run(
             q: torch.Tensor,
@@ -154,7 +229,7 @@ def widened(kernel: Kernel, faults: list[Fault]) -> Kernel:
             mask: torch.Tensor | None = None,
             scale: float | None = None,
         ) -> torch.Tensor:
-            dtype, index = q.dtype, next(calls)
+            dtype, index = q.dtype, next(faults.calls[kernel.name])
             if dtype not in kernel.needs.dtypes:
                 q, k, v = q.half(), k.half(), v.half()
             out = real(q, k, v, mask=mask, scale=scale).to(dtype)
@@ -171,13 +246,12 @@ def widened(kernel: Kernel, faults: list[Fault]) -> Kernel:
 
 
 def _kernels() -> tuple[Kernel, ...]:
-    faults = parse_faults(os.environ.get("ATTUNE_STANDIN_FAULT", ""))
     chosen = [kernel for kernel in PACK if kernel.package not in ("", "torch") and "cpu" not in kernel.needs.devices]
-    names = {kernel.name for kernel in chosen}
-    for fault in faults:
-        if fault.kernel not in names:
-            raise ValueError(f"there is no stand-in for a kernel called {fault.kernel!r}; there are {sorted(names)}")
+    faults = Faults({kernel.name for kernel in chosen})
     return tuple(widened(kernel, faults) for kernel in chosen)
 
 
+if os.environ.get("ATTUNE_STANDIN_FAST"):
+    exact, fast = machine._ELSEWHERE
+    machine._ELSEWHERE = (exact, (os.environ["ATTUNE_STANDIN_FAST"], *fast))
 KERNELS = _kernels()

@@ -51,6 +51,62 @@ def two_stage(patch: Patch | None = None, steps: int = 4, split: int | None = No
     return prompt
 
 
+# The tiny picture models (tests/tiny_models.py): file, channels of the latent, attention calls of one forward, blocks.
+PICTURES = {
+    "flux": ("flux1-dev.safetensors", 16, 4, 4),
+    "sd3": ("sd3_medium.safetensors", 16, 2, 2),
+    "sd15": ("sd1.5.safetensors", 4, 6, 3),
+}
+
+
+def picture(
+    family: str,
+    patch: Patch | None = None,
+    steps: int = 3,
+    cfg: float = 4.0,
+    sampler: str = "euler",
+    negative: str = "blurred",
+    control: bool = False,
+    seed: int = 5,
+    size: int = 64,
+):
+    """A text-to-picture prompt on a model of PICTURES that saves its latent. Node 12 is the sampler.
+
+    `patch(prompt, model, 0)` as in `two_stage`. `control`: a ControlNet stands on the positive conditioning, so that
+    the two conditionings are not joined. `size` is in pixels.
+    """
+    file, channels, _, _ = PICTURES[family]
+    empty = "EmptyLatentImage" if channels == 4 else "EmptySD3LatentImage"
+    prompt: Prompt = {
+        "1": node("UNETLoader", unet_name=file, weight_dtype="default"),
+        "3": node("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan"),
+        "5": node("CLIPTextEncode", clip=["3", 0], text="a cat on a fence"),
+        "6": node("CLIPTextEncode", clip=["3", 0], text=negative),
+        "7": node(empty, width=size, height=size, batch_size=1),
+    }
+    positive = ["5", 0]
+    if control:
+        prompt["8"] = node("ControlNetLoader", control_net_name="control_sd1.5.safetensors")
+        prompt["9"] = node("EmptyImage", width=size, height=size, batch_size=1, color=0x4080C0)
+        prompt["10"] = node(
+            "ControlNetApply", conditioning=positive, control_net=["8", 0], image=["9", 0], strength=1.0
+        )
+        positive = ["10", 0]
+    model = patch(prompt, ["1", 0], 0) if patch else ["1", 0]
+    prompt["12"] = node(
+        "KSampler", model=model, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
+        positive=positive, negative=["6", 0], latent_image=["7", 0], denoise=1.0,
+    )  # fmt: skip
+    prompt["14"] = node("SaveLatent", samples=["12", 0], filename_prefix="tests/latent")
+    return prompt
+
+
+def behind(prompt: Prompt, model: list, key: str, class_type: str, **inputs) -> list:
+    """Put a node that takes and gives a model behind `model`; returns the link to it."""
+    prompt[key] = node(class_type, model=model, **inputs)
+    return [key, 0]
+
+
 def selector(prompt: Prompt, model: list, key: str, kernel: str, **inputs) -> list:
     """Put an AttentionSelector with id `key` behind `model`; returns the link to it."""
     defaults = {
@@ -78,7 +134,7 @@ def switch(prompt: Prompt, model: list, key: str, **inputs) -> list:
 
 
 def latent(result):
-    """The latent video that a prompt of `two_stage` saved."""
+    """The latent that a prompt of `two_stage` or `picture` saved."""
     from safetensors.torch import load_file
 
     return load_file(next(file for file in result.files if Path(file).suffix == ".latent"))["latent_tensor"]

@@ -1,0 +1,183 @@
+"""What it costs to watch a healthy run: every attention output checked, and lossy calls compared with float32.
+
+    python benchmarks/guard.py [--device cpu] [--forwards 40] [--rounds 5] [--json FILE]
+
+A small stack of transformer blocks stands for a model: projections, attention, MLP. The kernel is PyTorch's own under
+two names: one that is exact and not plain PyTorch (outputs are checked), one that is lossy (calls are also compared
+with float32). Guarded and plain forwards alternate; the overhead is the median of the differences. A run is
+`forwards` forwards, of which the first compares every call. Memory: the peak of the guarded forward over the plain
+one's, on CUDA only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# tokens, heads, head dimension, blocks, what it is like
+SHAPES = {
+    "cpu": [(1024, 8, 64, 8, "small"), (2048, 8, 64, 8, "larger")],
+    "cuda": [
+        (4096, 10, 64, 16, "SDXL at 1024 x 1024, first level"),
+        (4608, 24, 128, 8, "Flux at 1024 x 1024"),
+        (32760, 40, 128, 4, "Wan 14B, 480p, 81 frames"),
+        (75600, 40, 128, 2, "Wan 14B, 720p, 81 frames"),
+    ],
+}
+
+
+def load_pack() -> None:
+    """Import this checkout as `comfyui_attune` without putting it on `sys.path`."""
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec and spec.loader
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_attune"] = package
+    spec.loader.exec_module(package)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, index: int, heads: int, dim: int, attend: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        width = heads * dim
+        self.index, self.heads, self.attend = index, heads, attend
+        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.contiguous() for part in self.qkv(torch.nn.functional.layer_norm(x, x.shape[-1:])).chunk(3, -1))
+        options = {"block_index": self.index, "total_blocks": 99}
+        x = x + self.out(self.attend(host, q, k, v, self.heads, transformer_options=options))
+        return x + self.down(torch.nn.functional.gelu(self.up(torch.nn.functional.layer_norm(x, x.shape[-1:]))))
+
+
+def host(*_args: Any, **_options: Any) -> torch.Tensor:
+    raise AssertionError("the kernel was not used")
+
+
+def measure(
+    shape: tuple[int, int, int, int, str], lossy: bool, device: str, forwards: int, rounds: int
+) -> dict[str, Any]:
+    """Milliseconds of a plain forward, what guarding adds to a usual and to the first one, and to a run in percent."""
+    from dataclasses import replace
+
+    from comfyui_attune.attention.healing import Snapshot, healed
+    from comfyui_attune.attention.machine import read_machine
+    from comfyui_attune.attention.policy import Policy, Rule
+    from comfyui_attune.attention.router import Router
+    from comfyui_attune.attention.session import Forward, Session
+    from comfyui_attune.kernels import KERNELS
+
+    tokens, heads, dim, blocks, like = shape
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    sdpa = next(kernel for kernel in KERNELS if kernel.name == "sdpa")
+    name = "sage2_fp8_cuda" if lossy else "flash2"
+    kernel = replace(
+        sdpa, name=name, needs_proof=True, precision="lossy" if lossy else "exact", tolerance={dtype: 0.07}
+    )
+    router = Router(Policy((Rule((name,)),)), {name: kernel}, read_machine(gpus=device != "cpu"))
+    model = torch.nn.Sequential(*(Block(index, heads, dim, router) for index in range(blocks))).to(device, dtype)
+    x = torch.randn(1, tokens, heads * dim, device=device, dtype=dtype)
+    session, active = Session(router), router.policy.without_percent
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+
+    def plain() -> None:
+        with Forward(router, session, active):
+            model(x)
+
+    def guarded(one: Session) -> None:
+        healed(router, one, active, True, lambda: model(x), Snapshot())
+
+    def timed(call: Callable[[], None]) -> float:
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        return 1000 * (time.perf_counter() - start)
+
+    def peak(call: Callable[[], None]) -> int:
+        if device == "cpu":
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        wait()
+        return torch.cuda.max_memory_allocated()
+
+    with torch.no_grad():
+        plain()
+        guarded(session)
+        memory = peak(lambda: guarded(Session(router))) - peak(plain)
+        first, usual, base = [], [], []
+        for _ in range(rounds):
+            fresh = Session(router)
+            guarded_first = timed(lambda one=fresh: guarded(one))
+            pairs = [(timed(plain), timed(lambda: guarded(session))) for _ in range(max(3, forwards // rounds))]
+            base.append(statistics.median(a for a, _ in pairs))
+            usual.append(statistics.median(b - a for a, b in pairs))
+            first.append(guarded_first - base[-1])
+    assert session.record.observed()[name], "nothing was measured"
+    plain_ms, usual_ms, first_ms = map(statistics.median, (base, usual, first))
+    share = (first_ms + (forwards - 1) * usual_ms) / (forwards * plain_ms)
+    return {
+        "like": like,
+        "tokens": tokens,
+        "heads": heads,
+        "head_dim": dim,
+        "blocks": blocks,
+        "kernel": "lossy" if lossy else "exact",
+        "forward_ms": round(plain_ms, 3),
+        "added_ms": round(usual_ms, 3),
+        "added_to_first_ms": round(first_ms, 3),
+        "added_to_run_percent": round(100 * share, 2),
+        "added_peak_bytes": memory if device != "cpu" else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What watching a healthy run costs.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--forwards", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    load_pack()
+    gc.disable()
+    rows = []
+    for shape in SHAPES[options.device]:
+        for lossy in (False, True):
+            rows.append(measure(shape, lossy, options.device, options.forwards, options.rounds))
+            print(json.dumps(rows[-1]), flush=True)
+            gc.collect()
+    result = {
+        "benchmark": "guard",
+        "machine": {
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU",
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "forwards": options.forwards,
+        "rounds": options.rounds,
+        "results": rows,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
