@@ -81,7 +81,7 @@ def _reasons(
     free_bytes: int | None = None,
 ) -> tuple[str, ...]:
     if name == HOST:
-        return ()
+        return (unfit[HOST],) if HOST in unfit else ()
     if name not in kernels:
         return (f"{name} does not exist in this version or outside ComfyUI",)
     kernel = kernels[name]
@@ -122,6 +122,7 @@ def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) ->
         for wish in rules[index].kernels:
             yield index, wish, wish, -1
     yield -1, HOST, HOST, -1
+    yield -1, "sdpa", "sdpa", -1  # where even the host's own is found wanting
 
 
 def make_plan(
@@ -135,9 +136,10 @@ def make_plan(
     """Choose the kernel for `call` under the `rules` in force, the last matching rule first.
 
     `kernels` is what this pack knows, by name. `unfit` gives a reason for each kernel that may not be used for this
-    call although it claims it (it raised, it was wrong, it is not proved yet), `free_bytes` is what may still be
-    allocated. Raises RefusedError where a rule that may not fall through cannot be followed; a rule that only a dense
-    rule keeps from its kernels does not count as such. Pure: the same arguments give the same plan.
+    call although it claims it (it raised, it was wrong, it is not proved yet), and perhaps for the host; `free_bytes`
+    is what may still be allocated. Raises RefusedError where a rule that may not fall through cannot be followed; a
+    rule that only a dense rule keeps from its kernels does not count as such. Pure: the same arguments give the same
+    plan.
     """
     decisions: list[Decision] = []
     of_rule: list[Decision] = []
@@ -156,7 +158,7 @@ def make_plan(
         of_rule.append(decision)
         if decision.accepted:
             return Plan(call, kernels.get(name), tuple(decisions))
-    raise AssertionError("the host is always the last candidate")
+    return Plan(call, None, (*decisions, Decision(HOST, HOST, "")))
 
 
 def refused_by_machine(

@@ -178,6 +178,11 @@ class Policy:
         return replace(self, rules=self.rules + rules)
 
     @property
+    def timed(self) -> bool:
+        """Is every call to be timed?"""
+        return any(rule.timed for rule in self.rules)
+
+    @property
     def depends_on_percent(self) -> bool:
         return not all(rule.always for rule in self.rules)
 

@@ -207,7 +207,7 @@ class Record:
     def event(
         self, kind: str, text: str, *, kernel: str = "", block: int | None = None, call_kind: str = "", reason: str = ""
     ) -> None:
-        """Something did not go as planned (see Happening). "repeat" speaks of the forward that was discarded last."""
+        """Something did not go as planned (see Happening)."""
         what = Happening(kind, text, kernel, block, call_kind, reason)
         with self._lock:
             if kind == "demotion":
@@ -215,8 +215,7 @@ class Record:
             if what not in self._happened and len(self._happened) >= _MOST_EVENTS:
                 self.unlisted += 1
                 return
-            forward = self._discarded if kind == "repeat" and self._discarded >= 0 else self.forwards
-            self._happened.setdefault(what, Seen(forward)).count += 1
+            self._happened.setdefault(what, Seen(self.forwards)).count += 1
 
     def sampled(self, kernel: str, l1: float, l2: float, block: int | None) -> None:
         """The error of one call of `kernel`, as relative L1 and L2 against float32."""

@@ -66,6 +66,7 @@ class Router:
         self.blocks = blocks
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
         self.idle_session = Session(self)
+        self.idle_session.record.endless = True
         # Such a call is judged on the spot, as nobody could repeat anything later.
         check = Check(self.idle_session.sampler)
         self._idle = Forward(self, self.idle_session, policy.without_percent, guard=check)
@@ -150,7 +151,10 @@ class Router:
         while route.run is not None:
             failure: Exception | Finding | None
             try:
+                mark = forward.clock.start(q.device) if forward.clock else None
                 out = route.attend(q, k, v, mask)
+                if forward.clock:
+                    forward.clock.stop(mark, route.name)
             except Exception as error:
                 if isinstance(error, self.link.interrupts) or not can_do_without(self, route, error):
                     raise
@@ -165,14 +169,21 @@ class Router:
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
         token = CURRENT.set(BUSY)  # whatever the host calls inside is its own business
+        mark = forward.clock.start(q.device) if forward.clock else None
         try:
             out = self.link.plain(func)(
                 q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown
             )
         finally:
             CURRENT.reset(token)
-        if route.guarded and forward.guard:
-            forward.guard.see(route, q, k, v, mask, out)
+        if forward.clock:
+            forward.clock.stop(mark, route.name)
+        if route.guarded and forward.guard and (failure := forward.guard.see(route, q, k, v, mask, out)):
+            demote(self, forward, key, route, failure)
+            if new_route(self, forward, key, q, k, v, mask, transformer_options).run is not None:
+                return self.route(
+                    func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **known, **unknown
+                )
         forward.counts[route] += 1
         return out
 

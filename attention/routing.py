@@ -12,7 +12,7 @@ from .call import AttentionCall, Undescribable, describe
 from .guard import Finding, Limit
 from .kernel import Kernel, reasons_against
 from .link import is_out_of_memory
-from .plan import HOST, Decision, RefusedError, make_plan
+from .plan import HOST, PLAIN_HOSTS, Decision, RefusedError, make_plan
 from .policy import Rule
 from .route import Route
 from .session import Forward
@@ -127,9 +127,10 @@ def new_route(
         route = _ready(router, forward, key, call, rules)
         route.call = call
         route.scale = scale
-        route.guarded = forward.rules is not None
+        # The host's own attention is watched where it is another package's, or where nothing else could be.
+        route.guarded = forward.rules is not None or router.machine.host_attention not in PLAIN_HOSTS
         if route.kernel is not None:
-            route.guarded |= route.kernel.needs_proof or not route.kernel.exact
+            route.guarded = forward.rules is not None or route.kernel.needs_proof or not route.kernel.exact
             route.limit = _limit(route, route.kernel, rules)
             route.fit(call, (q.ndim, k.ndim, v.ndim), skip_reshape, skip_output)
             if call.mixed_dtypes:

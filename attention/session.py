@@ -105,6 +105,7 @@ class Forward:
     __slots__ = (
         "_token",
         "active",
+        "clock",
         "counts",
         "guard",
         "held",
@@ -132,6 +133,7 @@ class Forward:
         self.router = router
         self.session = session
         self.active = active
+        self.clock = session.record.clock
         self.guard = guard
         self.rules = rules
         self.sigma = sigma

@@ -11,6 +11,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..attention.clock import Clock
 from ..attention.guard import Check
 from ..attention.healing import Snapshot, healed
 from ..attention.plan import expand
@@ -48,6 +49,7 @@ class Attachment:
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole sampling run: opens and closes its record, also when it is interrupted."""
         session = Session(self.router)
+        self._prepare(session.record, kwargs["sigmas"] if "sigmas" in kwargs else args[3] if len(args) > 3 else ())
         options = executor.class_obj.model_options.setdefault("transformer_options", {})  # made for this run
         run = RUNS.open(
             model=type(getattr(getattr(executor.class_obj, "model_patcher", None), "model", None)).__name__,
@@ -75,6 +77,15 @@ class Attachment:
             self._close(run)
             if session.findings:
                 remember(home(), model, session.findings, kernels(), self.router.machine)
+
+    def _prepare(self, record: Record, sigmas: Any) -> None:
+        """Tell the record what is known before the run: its noise levels, the model's blocks, what is to be timed."""
+        try:
+            record.sigmas = [float(sigma) for sigma in sigmas]
+        except (TypeError, ValueError):  # another pack's idea of sigmas
+            record.sigmas = []
+        record.blocks, record.doubles = self.router.blocks, self.router.doubles
+        record.clock = Clock() if self.router.policy.timed else None
 
     def _prove(self, guider: Any, record: Record) -> None:
         """Wait for the verdicts on kernels that a rule names; `auto` does without those that are still to come."""

@@ -38,9 +38,10 @@ class RunInfo:
     """One sampling run: where in the host it happened, and its record.
 
     `workflow_id` is the id of the workflow in the browser tab that queued the prompt, None for API prompts. `steps` is
-    that of the whole sampling, 0 if unknown. `made_by` is a fingerprint of the sampler node and all that leads to it,
-    "" if unknown. `node_types` maps node ids to class names, `advice` node ids to sentences about this run. `started`
-    is in seconds since 1970, `seconds` how long the run took. `file`: where it is kept on disk.
+    that of the whole sampling, 0 if unknown; `first_step` is the first of this run in it. `made_by` is a fingerprint
+    of the sampler node and all that leads to it, "" if unknown. `node_types` maps node ids to class names, `advice`
+    node ids to sentences about this run. `started` is in seconds since 1970, `seconds` how long the run took. `file`:
+    where it is kept on disk.
     """
 
     number: int
@@ -52,6 +53,7 @@ class RunInfo:
     record: Record
     node_types: dict[str, str]
     steps: int = 0
+    first_step: int = 0
     made_by: str = ""
     status: str = "running"
     advice: dict[str, list[str]] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class RunInfo:
     def close(self) -> None:
         """The run has ended, in whatever way; `status` says how."""
         self.seconds = time.time() - self.started
+        self.record.first_step = self.record.first_step or self.first_step
         self.record.close()
 
     def _nodes(self) -> dict[str, dict[str, Any]]:

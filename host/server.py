@@ -92,11 +92,12 @@ def running_prompt() -> tuple[str | None, dict[str, Any]]:
 def prompt_context() -> dict[str, Any]:
     """Where in the host a sampling run happens: prompt, workflow, client and sampler node, each None if unknown.
 
-    `steps` is what the sampler node says, the number of the whole sampling also in one stage of it; 0 if unknown. The
-    browser puts the workflow's id into the prompt's metadata.
+    `steps` is what the sampler node says, the number of the whole sampling also in one stage of it; 0 if unknown.
+    `first_step` is where in it this stage begins, by the same node. The browser puts the workflow's id into the
+    prompt's metadata.
     """
     about: dict[str, Any] = dict.fromkeys(("prompt_id", "workflow_id", "client_id", "sampler_node"))
-    about |= {"steps": 0, "made_by": ""}
+    about |= {"steps": 0, "first_step": 0, "made_by": ""}
     try:
         about["prompt_id"], about["sampler_node"] = _executing()
         server = _server()
@@ -106,6 +107,7 @@ def prompt_context() -> dict[str, Any]:
             about["workflow_id"] = ((extra.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
             sampler = prompt.get(about["sampler_node"] or "", {})
             about["steps"] = _number(prompt, sampler.get("inputs", {}).get("steps"))
+            about["first_step"] = _number(prompt, sampler.get("inputs", {}).get("start_at_step"))
             about["made_by"] = made_by(prompt, about["sampler_node"] or "")
     except Exception:  # nobody's sampling run may fail because of this
         log.debug("The running prompt could not be told", exc_info=True)

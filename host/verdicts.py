@@ -16,12 +16,16 @@ from pathlib import Path
 
 from ..attention.kernel import Kernel, machine_reasons
 from ..attention.machine import Device, Machine
+from ..attention.plan import HOST
+from ..attention.policy import FAMILIES
 from ..attention.session import Session
 from ..doctor.kernel_verdict import KernelVerdict
 from ..doctor.probe import examine, stored
 
 log = logging.getLogger("attune")
 OPEN = "is being tried in a child process first, or waits for that; later runs can use it"
+# Whose kernels the host's own function calls, by its name.
+_HOSTS = {"sage": FAMILIES["sage"], "flash": ("flash2",), "xformers": ("xformers", "xformers_cutlass")}
 _FIRST_LOOK = 60.0  # seconds; reading the kept verdicts takes a fraction of one
 
 
@@ -57,6 +61,7 @@ class Verdicts:
         self._looked = threading.Event()  # the kept verdicts have been read
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._warned = False
         self._told: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def start(self) -> None:
@@ -111,11 +116,18 @@ class Verdicts:
 
     def condemned(self, device: str) -> dict[str, str]:
         """`refused`, without the kernels whose verdict is still to come."""
-        return {
+        known = self.known(device)
+        found = {
             name: f"the doctor found: {verdict.outcome} ({verdict.detail or 'no detail'}); see `attune doctor`"
-            for name, verdict in self.known(device).items()
+            for name, verdict in known.items()
             if not verdict.works and not verdict.reasons
         }
+        # The host may itself compute with one of them: with the first of its family that this machine takes.
+        family = _HOSTS.get(self._read_machine().host_attention, ())
+        name = next((name for name in family if name in known and not known[name].reasons), "")
+        if name in found:
+            found[HOST] = f"ComfyUI's own attention is {name} here, and {found[name]}"
+        return found
 
     def wait(
         self,
@@ -225,12 +237,13 @@ class Verdicts:
         for device in sorted(machine.devices, key=lambda device: device is not machine.main_device):
             if not any(_same(device, other) for other in distinct):
                 distinct.append(device)
-        for device in distinct:
+        for device in distinct:  # the main one first
             known, fingerprints = stored(self._kernels.values(), machine, self._folder, device)
             self._keep(device, known)
             with self._news:
                 self._open.setdefault(device, []).extend(fingerprints)
         self._looked.set()
+        self._warn_of_host(distinct[0])
 
     def _try(self, device: Device, names: list[str]) -> None:
         def hold(name: str) -> bool:
@@ -258,6 +271,15 @@ class Verdicts:
         self._keep(device, found)
         said = ", ".join(f"{name} {verdict.outcome}" for name, verdict in found.items())
         log.info("Attune: tried on %s: %s. `attune doctor` says what to do about the others.", device.name, said)
+        self._warn_of_host(device)
+
+    def _warn_of_host(self, device: Device) -> None:
+        """What no node of ours can mend: the host's own attention, where it is no good."""
+        if (why := self.condemned(device.name).get(HOST)) and not self._warned:
+            self._warned = True
+            flag = self._read_machine().host_flag
+            cure = f"Start ComfyUI without {flag}." if flag else "`attune quarantine add` hides a package from it."
+            log.warning("Attune: %s. Models without a node of this pack compute with it. %s", why, cure)
 
 
 def _same(one: Device, other: Device) -> bool:

@@ -98,7 +98,7 @@ def _panel(sheet: Sheet, run: dict[str, Any], panel: Grid, x: int, y: int, wide:
     every = _stride(rows, high, 17)
     for row, block in enumerate(panel.blocks):
         if block is None:
-            sheet.text(x - 8, top + (row + 0.5) * high + 5, "all" if rows == 1 else "none", _TICK, "right")
+            sheet.text(x - 8, top + (row + 0.5) * high + 5, "all" if rows == 1 else "other", _TICK, "right")
         elif row % every == 0:
             sheet.text(x - 8, top + (row + 0.5) * high + 5, str(block), _TICK, "right")
     every = _stride(columns, wide, 36)

@@ -51,11 +51,11 @@ def phases(run: dict[str, Any]) -> list[Phase]:
         rows: dict[tuple[str, str], list[int | None]] = {}
         for (block, kind), kernels in cells.items():
             rows.setdefault((" and ".join(sorted(kernels)), kind), []).append(block)
-        for kernels in {kernels for kernels, _ in rows}:
-            if rows.get((kernels, "self")) == (both := rows.get((kernels, "cross"))) is not None:
-                del rows[kernels, "self"], rows[kernels, "cross"]
-                rows[kernels, ""] = both
-        listed = sorted((kernels, kind, blocks) for (kernels, kind), blocks in rows.items())
+        for names in {names for names, _ in rows}:
+            if rows.get((names, "self")) == (both := rows.get((names, "cross"))) is not None:
+                del rows[names, "self"], rows[names, "cross"]
+                rows[names, ""] = both
+        listed = sorted((names, kind, blocks) for (names, kind), blocks in rows.items())
         if found and found[-1].rows == listed:
             found[-1].steps.append(step)
         else:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from comfyui_attune.measure.run_cells import step_cells
 from support.loading import ROOT
-from support.prompts import latent, node, selector, two_stage
+from support.prompts import latent, node, rule, selector, two_stage
 
 
 def reported(kernel="split", key="40", behind="13", seed=5, **inputs):
@@ -58,6 +59,29 @@ def test_a_report_tells_both_stages_and_passes_the_latent_through(server):
     (saved,) = (file for file in result.files if file.suffix == ".png")
     with Image.open(saved) as image:
         assert image.mode == "RGB" and image.size[0] >= 1200
+
+
+def test_each_step_and_block_of_both_stages_tells_the_kernel_that_the_rules_gave_it(server):
+    """Shift 8, 8 steps: noise levels 1, .98, .96, .93 | .89, .83, .73, .53; percent 30 is .949."""
+
+    def patch(prompt, model, stage):
+        model = selector(prompt, model, str(20 + stage), "split")
+        return rule(prompt, model, str(30 + stage), "basic", kind="cross", to_percent=30.0, blocks="1")
+
+    prompt = two_stage(patch, steps=8)
+    prompt["40"] = node("AttentionReport", value=["13", 0])
+    prompt["42"] = node("PreviewAny", source=["40", 3])
+    seen = {}
+    for line in server.run(prompt).outputs["42"]["text"][0].splitlines():
+        for step, cells in step_cells(json.loads(Path(line).read_text("utf-8"))).items():
+            for (block, kind), kernels in cells.items():
+                seen[step, block, kind] = list(kernels)
+    assert seen == {
+        (step, block, kind): ["basic" if step < 3 and block == 1 and kind == "cross" else "split"]
+        for step in range(8)
+        for block in (0, 1)
+        for kind in ("self", "cross")
+    }
 
 
 def test_any_type_goes_through_and_without_a_run_it_says_so(server):

@@ -9,9 +9,11 @@ import time
 import pytest
 import torch
 
-from comfyui_attune.attention.call import Layout
+from comfyui_attune.attention.call import Layout, describe
 from comfyui_attune.attention.kernel import Kernel, Needs
 from comfyui_attune.attention.machine import CPU, Architecture, Device, Machine
+from comfyui_attune.attention.plan import make_plan
+from comfyui_attune.attention.policy import Rule
 from comfyui_attune.doctor.kernel_verdict import KernelVerdict
 from comfyui_attune.host import verdicts as module
 from comfyui_attune.host.verdicts import OPEN, Verdicts
@@ -62,8 +64,8 @@ class Probe:
 def make(tmp_path):
     made = []
 
-    def one(*kernels: Kernel, busy=lambda: False, devices=(CPU,)) -> Verdicts:
-        machine = Machine(devices)
+    def one(*kernels: Kernel, busy=lambda: False, devices=(CPU,), machine=None) -> Verdicts:
+        machine = machine or Machine(devices)
         made.append(Verdicts(kernels, lambda: machine, tmp_path, tmp_path, busy))
         return made[-1]
 
@@ -203,3 +205,18 @@ def test_stopping_ends_what_is_under_way(make, monkeypatch):
     verdicts.stop()
     assert not verdicts._thread.is_alive()
     verdicts.wait(["a"], "cpu")  # and nobody waits for ever
+
+
+@pytest.mark.parametrize(("found", "refused"), [(CRASHED, True), (WORKS, False)])
+def test_the_hosts_own_attention_is_judged_by_what_it_calls(make, monkeypatch, caplog, found, refused):
+    """Started with --use-sage-attention, ComfyUI computes with that package wherever nobody says otherwise."""
+    Probe(monkeypatch, {"sage1": [found], "sdpa": [WORKS]})
+    machine = Machine((CPU,), host_attention="sage", host_flag="--use-sage-attention")
+    verdicts = make(kernel("sage1"), kernel("sdpa"), machine=machine)
+    assert soon(lambda: verdicts.open("cpu") == [])
+    assert ("host" in verdicts.refused("cpu")) is refused
+    assert soon(lambda: ("Start ComfyUI without --use-sage-attention." in caplog.text) is refused)
+    call = describe(*(torch.zeros(1, 8, 64, dtype=torch.float16),) * 3, 2)
+    kernels = {one.name: one for one in (kernel("sage1"), kernel("sdpa"))}
+    plan = make_plan(call, [Rule(("host",))], kernels, machine, verdicts.refused("cpu"))
+    assert plan.name == ("sdpa" if refused else "host")
