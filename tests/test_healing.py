@@ -38,7 +38,7 @@ class Faulty:
 
 
 class Model:
-    """Four blocks, each with self attention over 16 tokens and cross attention to 5; it consumes `state`, as UNets do."""
+    """Four blocks, each with self attention over 16 tokens and cross attention to 5; it pops `state`, as UNets do."""
 
     block = None
 
