@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from .entries import Sampled
 from .policy import BlockRange, Rule
-from .record import Record, Sampled
+from .record import Record
 
 _MOST_PLANS = 500
 

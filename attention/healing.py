@@ -95,8 +95,8 @@ def healed(
         better = again.read(clean).finite
     if not better:
         session.beyond_help = True
-        first.flush(forwards=1)
         _say_beyond_help(session)
+        first.flush(forwards=1)
         return out
     names = ", ".join(watch.kernels)
     try:
@@ -139,10 +139,13 @@ def _riddle(session: Session, names: str, kernels: tuple[str, ...]) -> None:
     """NaN came, and did not come again when it was looked for."""
     session.riddles += 1
     text = f"{names} {NOT_FINITE}, which did not happen again when the call was looked for; the forward was repeated"
-    if session.riddles >= _RIDDLES:
-        for kernel in kernels:
-            session.ban(kernel, f"{NOT_FINITE} {session.riddles} times in this run, in calls that could not be found")
+    if session.riddles < _RIDDLES:
+        session.record.event("fallback", text, reason=NOT_FINITE)
+    else:
         text += f"; after {session.riddles} times it is not used any more in this run"
-    session.record.event("demotion" if session.riddles >= _RIDDLES else "fallback", text, reason=NOT_FINITE)
+        reason = f"{NOT_FINITE} {session.riddles} times in this run, in calls that could not be found"
+        for kernel in kernels:
+            session.ban(kernel, reason)
+            session.record.event("demotion", text, kernel=kernel, reason=reason)
     if session.record.note(text):
         log.warning("Attention: %s.", text)

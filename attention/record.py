@@ -8,16 +8,15 @@ was thrown away and repeated are *discarded*.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from .clock import Clock, Timing
+from .entries import Calls, Happening, NodeRecord, Sampled, Seen
 from .history import Cell, History
 from .plan import OWN_DENSE, Decision
 from .policy import Policy
@@ -26,109 +25,9 @@ log = logging.getLogger("attune")
 Trail = tuple[Decision, ...]
 _MOST_EVENTS = 500
 _MOST_TRAILS = 5000
-# How a reason begins that a kernel got in the middle of a run: it was planned, and then was not used any more.
+# How a reason that a kernel got in the middle of a run begins, or what it holds: it was planned, and then given up.
 _DEMOTED = ("raised ", "ran out of memory")
-
-
-@dataclass
-class NodeRecord:
-    """One node's share of a run: what it asked for, what ran for its calls, and what was refused (with call counts)."""
-
-    requested: str
-    observed: Counter[str] = field(default_factory=Counter)
-    refused: dict[tuple[str, tuple[str, ...]], int] = field(default_factory=dict)
-
-    @property
-    def calls(self) -> int:
-        return sum(self.observed.values())
-
-    def text(self) -> str:
-        """One or a few short lines for the node's face."""
-        if not self.calls:
-            return "no attention call came to this rule: none matched it, or a later node decided them all"
-        lines = [", ".join(f"{name} ×{count}" for name, count in self.observed.most_common())]
-        automatic = self.requested.startswith("auto")
-        for (kernel, reasons), count in sorted(self.refused.items(), key=lambda item: -item[1])[:3]:
-            if not automatic:
-                lines.append(f"not {kernel} ×{count}: {'; '.join(reasons)}")
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "requested": self.requested,
-            "calls": self.calls,
-            "observed": dict(self.observed),
-            "refused": [
-                {"kernel": kernel, "reasons": list(reasons), "calls": count}
-                for (kernel, reasons), count in self.refused.items()
-            ],
-            "text": self.text(),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Happening:
-    """Something that did not go as planned: "fallback", "demotion", "repeat", "not attention" or "wait"."""
-
-    kind: str
-    text: str
-    kernel: str = ""
-    block: int | None = None
-    call_kind: str = ""
-    reason: str = ""
-
-
-@dataclass
-class Seen:
-    """How often a Happening was met, and in which forward of the run (from 0) first."""
-
-    forward: int
-    count: int = 0
-
-
-@dataclass
-class Sampled:
-    """Errors of single calls of one kernel, measured against float32: relative L1 and L2.
-
-    `by_block` holds the largest L1 of each block. `unusable`: samples that gave no finite figure.
-    """
-
-    calls: int = 0
-    unusable: int = 0
-    l1: float = 0.0
-    l2: float = 0.0
-    largest_l1: float = 0.0
-    largest_l2: float = 0.0
-    by_block: dict[int | None, float] = field(default_factory=dict)
-
-    def add(self, l1: float, l2: float, block: int | None) -> None:
-        if not (math.isfinite(l1) and math.isfinite(l2)):
-            self.unusable += 1
-            return
-        self.calls += 1
-        self.l1 += (l1 - self.l1) / self.calls
-        self.l2 += (l2 - self.l2) / self.calls
-        self.largest_l1 = max(self.largest_l1, l1)
-        self.largest_l2 = max(self.largest_l2, l2)
-        self.by_block[block] = max(self.by_block.get(block, 0.0), l1)
-
-
-@dataclass
-class Calls:
-    """Completed calls: those whose result was used, and those whose forward was thrown away.
-
-    `forward` is that in which the first of them was. `again` of the kept ones were in the place of discarded ones.
-    """
-
-    forward: int
-    kept: int = 0
-    discarded: int = 0
-    again: int = 0
-
-    @property
-    def first(self) -> int:
-        """Calls that were planned like this before anything was done again."""
-        return self.kept - self.again + self.discarded
+_DEMOTED_HERE = "times in this run"
 
 
 class Record:
@@ -207,7 +106,7 @@ class Record:
     def event(
         self, kind: str, text: str, *, kernel: str = "", block: int | None = None, call_kind: str = "", reason: str = ""
     ) -> None:
-        """Something did not go as planned (see Happening)."""
+        """Something did not go as planned (see Happening), in the forward whose calls are added next."""
         what = Happening(kind, text, kernel, block, call_kind, reason)
         with self._lock:
             if kind == "demotion":
@@ -273,8 +172,10 @@ class Record:
     def planned(self, trail: Trail) -> str:
         """The kernel that the first plan chose: the first that was accepted, or was only demoted later in the run."""
         for decision in trail:
-            demoted = any((decision.kernel, reason) in self._demoted for reason in decision.reasons)
-            if decision.accepted or demoted or any(reason.startswith(_DEMOTED) for reason in decision.reasons):
+            if decision.accepted or any(
+                (decision.kernel, reason) in self._demoted or reason.startswith(_DEMOTED) or _DEMOTED_HERE in reason
+                for reason in decision.reasons
+            ):
                 return decision.kernel
         return trail[-1].kernel
 

@@ -24,6 +24,7 @@ from .process import kernels, verdicts
 from .remembered import fingerprint, recall, remember
 from .runs import RUNS, RunInfo
 from .server import prompt_context, say_on_node, send_run
+from .verdicts import OPEN
 
 log = logging.getLogger("attune")
 OVERRIDE = "optimized_attention_override"
@@ -104,7 +105,7 @@ class Attachment:
             names = expand(wish, machine, device)
             if not wish.startswith("auto"):
                 verdicts().wait(names, device, say, stop)
-            elif waiting := [name for name in names if name in verdicts().open(device)]:
+            elif waiting := [name for name, why in verdicts().refused(device).items() if name in names and why == OPEN]:
                 record.note(
                     f"not tried yet on this machine, so {wish} leaves them out of this run: {', '.join(waiting)}"
                 )

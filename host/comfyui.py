@@ -52,7 +52,7 @@ def count_blocks(model: Any) -> tuple[int, int | None]:
     return 0, None
 
 
-def _standing(model: Any) -> Attachment | None:
+def attached(model: Any) -> Attachment | None:
     """What an earlier node of this pack left on the model."""
     wrappers = model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)
     for wrapper in wrappers:
@@ -81,7 +81,7 @@ def attach(model: Any, *rules: Rule, node_type: str = "", advisor: Advisor | Non
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     override = options.get(OVERRIDE)
-    standing = _standing(patched)
+    standing = attached(patched)
     before = override if isinstance(override, Router) else standing.router if standing else None
     policy = before.policy if before else Policy()
     earlier = getattr(override, "earlier", None) if isinstance(override, Router) else override

@@ -8,7 +8,7 @@ import numpy
 
 from ..measure.run_picture import picture
 from ..measure.run_text import runs_text
-from .comfyui import _standing, switched_off
+from .comfyui import attached, switched_off
 from .process import machine
 from .runs import RUNS, RunInfo
 from .server import ancestors, made_by, running_prompt
@@ -58,7 +58,7 @@ def _select(model: Any, node: str) -> tuple[list[RunInfo], list[RunInfo], list[s
     prompt_id, prompt = running_prompt()
     here, cached = _behind(prompt, node, prompt_id)
     if model is not None:
-        standing = _standing(model) if hasattr(model, "get_wrappers") else None
+        standing = attached(model) if hasattr(model, "get_wrappers") else None
         if standing is None:
             return [], [], [_NO_ROUTER]
         others = bool(here or cached)

@@ -127,7 +127,9 @@ class RunInfo:
         }
         if record.repeated:
             found["repeated_forwards"] = record.repeated
-        if demoted := list(dict.fromkeys(one.kernel for one in record.happened() if one.kind == "demotion")):
+        if demoted := list(
+            dict.fromkeys(one.kernel for one in record.happened() if one.kind == "demotion" and one.kernel)
+        ):
             found["demoted"] = demoted
         return found
 

@@ -118,9 +118,8 @@ def _panel(sheet: Sheet, run: dict[str, Any], panel: Grid, x: int, y: int, wide:
             sheet.items.append(Mark(middle(step["step"]), top - 9, "v", size))
     for event in run["events"]:
         if event["kind"] == "demotion" and event["step"] is not None:
-            block = event["block"]
-            row = None if block is None or None in panel.blocks[:1] else block // panel.rows_of
-            place = top - 9 if row is None else top + (row + 0.5) * high
+            block, known = event["block"], panel.blocks[0] is not None
+            place = top + (block // panel.rows_of + 0.5) * high if block is not None and known else top - 9
             sheet.items.append(Mark(middle(event["step"]), place, "x", min(size, max(5, high * 0.7))))
     return bottom + 24
 

@@ -14,13 +14,13 @@ import numpy
 from .heat_map import panels
 from .palette import NOTHING, colour
 from .run_cells import kernel_summary, title
-from .run_text import HOW_TO_TIME, event_text, percent
+from .run_text import HOW_TO_TIME, events_text, notes, percent
 from .sheet import INK, PAPER, QUIET, Box, Pixels, Sheet, Style
 
 log = logging.getLogger("attune")
 WIDTH = 1600
 _EDGE = 44
-_LEFT = 1010  # width of the panels' side
+_LEFT = 956  # width of the panels' side
 _SIDE = _EDGE + _LEFT + 56  # where the figures begin
 _TITLE, _HEAD, _BODY, _SMALL = Style(30, bold=True), Style(18, bold=True), Style(16), Style(14, QUIET)
 _NAME = Style(15, bold=True)
@@ -72,23 +72,23 @@ def _figures(sheet: Sheet, runs: Sequence[dict[str, Any]], y: float) -> float:
     totals = _totals(runs)
     in_all = sum(total.seconds for total in totals.values())
     sheet.text(x, y + 15, "kernel", _SMALL)
-    sheet.text(x + 268, y + 15, "calls", _SMALL, "right")
-    sheet.text(x + 284, y + 15, "time", _SMALL)
+    sheet.text(x + 306, y + 15, "calls", _SMALL, "right")
+    sheet.text(x + 320, y + 15, "time", _SMALL)
     sheet.text(right, y + 15, "error", _SMALL, "right")
     y += 26
     for name, total in list(totals.items())[:12]:
         sheet.items.append(Box(x, y + 1, 18, 18, colour(name)))
         sheet.text(x + 27, y + 15, name, _NAME)
-        sheet.text(x + 268, y + 15, f"{total.calls:,}", _BODY, "right")
+        sheet.text(x + 306, y + 15, f"{total.calls:,}", _BODY, "right")
         if total.timed and in_all > 0:
             share = total.seconds / in_all
-            sheet.items.append(Box(x + 284, y + 20, 72, 5, NOTHING))
-            sheet.items.append(Box(x + 284, y + 20, max(1, round(72 * share)), 5, colour(name)))
-            sheet.text(x + 284, y + 15, percent(share), _BODY)
+            sheet.items.append(Box(x + 320, y + 20, 62, 5, NOTHING))
+            sheet.items.append(Box(x + 320, y + 20, max(1, round(62 * share)), 5, colour(name)))
+            sheet.text(x + 320, y + 15, percent(share), _BODY)
         else:
-            sheet.text(x + 284, y + 15, "-", _SMALL)
+            sheet.text(x + 320, y + 15, "-", _SMALL)
         error = f"{total.mean:.1g} / {total.largest:.1g}" if total.samples else "-"
-        sheet.text(right, y + 15, error, _BODY if total.samples else _SMALL, "right")
+        sheet.text(right, y + 15, error, Style(14) if total.samples else _SMALL, "right")
         y += 36
     if len(totals) > 12:
         y = sheet.paragraph(x, y, f"and {len(totals) - 12} more, in the text", _SMALL, right - x)
@@ -116,7 +116,7 @@ def _findings(sheet: Sheet, runs: Sequence[dict[str, Any]], remarks: Sequence[st
             if len(texts) > most:
                 y = sheet.paragraph(x, y, f"and {len(texts) - most} more, in the text", _SMALL, width)
 
-    happened = [event_text(event) for run in runs for event in run["events"]]
+    happened = [line for run in runs for line in events_text(run)]
     repeated = sum(run["repeated"] for run in runs)
     section("Asked for", list(dict.fromkeys(rule["words"] for run in runs for rule in run["policy"])), 4)
     refused: Counter[str] = Counter()
@@ -125,9 +125,7 @@ def _findings(sheet: Sheet, runs: Sequence[dict[str, Any]], remarks: Sequence[st
             refused[f"{one['kernel']}: {'; '.join(one['reasons'])}"] += plan["calls"]
     section("Not used", [f"{text} (×{count:,})" for text, count in refused.most_common() if count], 3)
     section("What happened", happened, 4)
-    notes = [*remarks, *dict.fromkeys(note for run in runs for note in run["notes"])]
-    told = {event["text"] for run in runs for event in run["events"]}
-    section("Notes", [note for note in notes if note not in told], 3)
+    section("Notes", [*remarks, *dict.fromkeys(note for run in runs for note in notes(run))], 3)
     if runs and not happened and not repeated and all(run["status"] == "finished" for run in runs):
         section("Health", ["No forward had to be repeated, and no kernel was given up."], 1)
 

@@ -64,18 +64,33 @@ def percent(share: float) -> str:
     return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
-def event_text(event: dict[str, Any]) -> str:
-    """One thing that did not go as planned: what, where first, how often."""
-    where = [f"step {event['step']}"] if event["step"] is not None else []
-    if event["block"] is not None:
-        where.append(f"block {event['block']}")
-    if event["call_kind"]:
-        where.append(f"{event['call_kind']} attention")
-    said = event["text"]
-    if event["reason"] and event["reason"] not in said:
-        said += f": {event['reason']}"
-    first = f" (first in {', '.join(where)})" if where else ""
-    return f"{event['kind']} ×{event['count']}: {said}{first}"
+def events_text(run: dict[str, Any]) -> list[str]:
+    """What did not go as planned, a line each: what, where first, how often. What differs by the place only is one."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for event in run["events"]:
+        alike = event["reason"] if event["kernel"] and event["reason"] else event["text"]
+        groups.setdefault((event["kind"], event["kernel"], alike), []).append(event)
+    lines = []
+    for events in groups.values():
+        first = events[0]
+        said = first["text"] if len(events) == 1 else f"{first['kernel']} {first['reason']}"
+        if first["reason"] and first["reason"] not in said:
+            said += f": {first['reason']}"
+        blocks = [event["block"] for event in events if event["block"] is not None]
+        where = [f"step {first['step']}"] if first["step"] is not None else []
+        if blocks:
+            where.append(f"block{'s' if len(blocks) > 1 else ''} {in_ranges(blocks)}")
+        if len(kinds := {event["call_kind"] for event in events if event["call_kind"]}) == 1:
+            where.append(f"{kinds.pop()} attention")
+        told = f" (first in {', '.join(where)})" if where else ""
+        lines.append(f"{first['kind']} ×{sum(event['count'] for event in events)}: {said}{told}")
+    return lines
+
+
+def notes(run: dict[str, Any]) -> list[str]:
+    """The run's notes, without those that an event tells as well."""
+    told = tuple(event["text"] for event in run["events"])
+    return [note for note in run["notes"] if not note.startswith(told)]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -161,14 +176,15 @@ def run_text(run: dict[str, Any], number: int = 0) -> str:
     if run["forwards_left_out"]:
         lines.append(f"  {run['forwards_left_out']:,} forwards found no room in this list; they are counted above.")
     lines += _section("Not used, and why:", _refusals(run))
-    happened = [f"  {event_text(event)}" for event in run["events"]]
+    happened = [f"  {line}" for line in events_text(run)]
+    if len(happened) > _MOST:
+        happened = [*happened[:_MOST], f"  and {len(happened) - _MOST} more, in the JSON"]
     if run["repeated"]:
         happened.insert(0, f"  {run['repeated']} forward(s) were thrown away and done again")
     if run["events_left_out"]:
         happened.append(f"  and {run['events_left_out']:,} more")
     lines += _section("What did not go as planned:", happened)
-    told = {event["text"] for event in run["events"]}
-    lines += _section("Notes:", [f"  {note}" for note in run["notes"] if note not in told])
+    lines += _section("Notes:", [f"  {note}" for note in notes(run)])
     return "\n".join(lines)
 
 

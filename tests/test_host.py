@@ -303,7 +303,7 @@ def test_two_runs_of_one_patched_model_at_once_are_never_mixed_up(host, wan):
     """The inner run begins and ends while the outer one is under way; the host itself never does that in one thread."""
     from types import SimpleNamespace
 
-    attachment = host._standing(host.attach(wan, Rule(("sub_quad",), source="1")))
+    attachment = host.attached(host.attach(wan, Rule(("sub_quad",), source="1")))
 
     def run(forwards, between=lambda: None):
         guider = SimpleNamespace(model_options={}, model_patcher=None)

@@ -199,6 +199,16 @@ def test_the_happenings_of_a_run_have_a_count_and_a_first_time_and_are_bounded()
     assert len(data["events"]) == 500 and data["events_left_out"] == 101
 
 
+def test_what_happens_in_a_forward_that_is_repeated_is_told_of_that_forward():
+    made = record()
+    for sigma in (1.0, 0.9):
+        made.event("repeat", "a forward was repeated", reason=f"at {sigma}")
+        made.add(calls("sage3"), sigma=torch.tensor(sigma), discarded=True)
+        made.add(calls("host"), forwards=1, sigma=torch.tensor(sigma))
+    made.close()
+    assert [(event["reason"], event["step"]) for event in account(made)["events"]] == [("at 1.0", 0), ("at 0.9", 1)]
+
+
 def test_errors_have_mean_and_largest_per_kernel_and_block():
     made = record()
     for l1, block in ((0.01, 0), (0.03, 0), (0.02, 1), (float("nan"), 1), (float("inf"), None)):

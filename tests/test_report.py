@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from comfyui_attune.attention.clock import Clock, Timing
 from comfyui_attune.attention.machine import CPU, Device, Machine, nvidia_architecture
 from comfyui_attune.attention.plan import Decision
 from comfyui_attune.attention.policy import KERNEL_NAMES, Policy, Rule
@@ -81,6 +82,20 @@ def healed() -> RunInfo:
     return run
 
 
+def timed() -> RunInfo:
+    """A run with long names, large counts, shares of every size and small errors."""
+    names = ["sage3_per_block_mean", "sage2_fp16_triton", "xformers_cutlass", "host"]
+    run = run_of(40, 30, lambda step, block, kind: names[block % 4])
+    run.record.clock = Clock()
+    run.close()
+    for name, seconds in zip(names, (99.0, 1.0, 0.001, 0.0), strict=True):
+        run.record.times[name] = Timing(300, seconds)
+        run.record.add({((Decision(name, name, "7"),), 0, "self"): 1_234_567})
+        run.record.sampled(name, 0.000212, 0.000212, 0)
+        run.record.sampled(name, 0.000412, 0.000412, 0)
+    return run
+
+
 # Text
 
 
@@ -96,6 +111,18 @@ def test_the_text_tells_where_what_ran_and_what_went_wrong():
     assert re.search(r"sage3 +14 +4 +0\.04 / 0\.04", text)
     assert "Time was not measured: switch on time_calls on the Attention Selector" in text
     assert "32,760 tokens" in text and "RTX 5090" in text and "torch 2.11.0+cu130" in text
+
+
+def test_a_kernel_that_is_given_up_in_many_blocks_is_one_line():
+    run = healed()
+    for block in (0, 1, 2):
+        reason = "gave NaN or infinity"
+        text = f"sage3 {reason} in block {block}"
+        run.record.event("demotion", text, kernel="sage3", block=block, call_kind="self", reason=reason)
+        run.record.note(f"{text}; another kernel computes such calls")
+    lines = [line for line in runs_text([data_of(run)]).splitlines() if "demotion" in line]
+    assert lines == ["  demotion ×4: sage3 gave NaN or infinity (first in step 2, blocks 0-3, self attention)"]
+    assert "Notes" not in runs_text([data_of(run)]), "it is not said twice"
 
 
 def test_stages_are_numbered_and_named_by_their_steps():
@@ -165,6 +192,7 @@ CASES = {
         run_of(20, 9, lambda step, *_: KERNEL_NAMES[step + 11], sampler_node="1234") for _ in range(8)
     ],
     "healed": lambda: [healed()],
+    "timed": lambda: [timed()],
     "stopped before a step": lambda: [
         RunInfo(1, "p", None, None, "3", "WAN21", Record(Policy()), {}, status="stopped")
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,16 @@ def test_each_step_and_block_of_both_stages_tells_the_kernel_that_the_rules_gave
         for block in (0, 1)
         for kind in ("self", "cross")
     }
+
+
+def test_calls_are_timed_where_the_selector_asks_for_it(server):
+    prompt = reported(seed=43)
+    for key in ("20", "21"):
+        prompt[key]["inputs"] |= {"time_calls": True, "cross_attention": "basic"}
+    text = text_of(server.run(prompt))
+    assert "Time was not measured" not in text
+    shares = [int(share) for share in re.findall(r"^  (?:split|basic) .*?(\d+) %", text, re.MULTILINE)]
+    assert len(shares) == 4 and 99 <= sum(shares[:2]) <= 101 and 99 <= sum(shares[2:]) <= 101, text
 
 
 def test_any_type_goes_through_and_without_a_run_it_says_so(server):
