@@ -94,8 +94,9 @@ def healed(
         clean = run()
         better = again.read(clean).finite
     if not better:
-        session.beyond_help = True
-        _say_beyond_help(session)
+        if not health.finite:
+            session.beyond_help = True
+            _say_beyond_help(session)
         first.flush(forwards=1)
         return out
     names = ", ".join(watch.kernels)

@@ -6,6 +6,7 @@ One server, in which stand-ins run as kernels; what is wrong with them is writte
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -350,6 +351,33 @@ def test_a_stop_in_the_middle_of_a_forward(bench, forward):
         assert run["repeated"] == 1
     after = bench.run(flux, bench.select())
     assert torch.equal(prompts.latent(after), bench.exact(flux))
+
+
+@pytest.mark.parametrize("fault", ["nan:from=0", "nan:from=9", "error=0.5:from=0"])
+def test_the_keys_that_an_autoregressive_model_keeps(bench, fault):
+    """Every frame attends to one more, so each has calls of a new shape, found once. Each forward moves a pointer."""
+    bench.wrong(f"{SAGE}:{fault}")
+    healed, exact = bench.run(prompts.autoregressive, bench.select()), bench.exact(prompts.autoregressive)
+    late = 8 if fault == "nan:from=9" else 0
+    assert repeats(healed) == [3] and healed.runs[0]["forwards"] == 9
+    assert healed.runs[0]["observed"].get(SAGE, 0) == late
+    assert distance(healed, exact) < HALF if late else torch.equal(prompts.latent(healed), exact)
+
+
+@pytest.mark.parametrize("how", ["a part is missing", "a number is none", "no JSON"])
+def test_what_is_remembered_and_cannot_be_read_costs_nothing(bench, how):
+    bench.wrong(NAN)
+    exact = bench.exact(flux)
+    bench.run(flux, bench.select())
+    kept = json.loads(bench.failures.read_text("utf-8"))
+    for entry in itertools.chain(*kept["state"].values()):
+        if how == "a part is missing":
+            del entry["around"]
+        else:
+            entry["place"]["block"] = [1]
+    bench.failures.write_text("{" if how == "no JSON" else json.dumps(kept), "utf-8")
+    healed = bench.run(flux, bench.select())
+    assert torch.equal(prompts.latent(healed), exact) and repeats(healed) == [1]
 
 
 def test_several_prompts_in_a_row_on_one_model(bench):

@@ -56,8 +56,11 @@ def import_comfy(comfyui: Path) -> None:
     args.cpu = True
 
 
-def wan(seed: int, target: Path, in_dim: int, out_dim: int) -> None:
-    """A Wan diffusion model: 2 blocks of 2 heads of 128, its text input as wide as CLIP-L's output."""
+def wan(seed: int, target: Path, in_dim: int, out_dim: int, **config) -> None:
+    """A Wan diffusion model: 2 blocks of 2 heads of 128, its text input as wide as CLIP-L's output.
+
+    `config` is what the loader is told besides: causal_ar makes it an autoregressive one.
+    """
     import comfy.ldm.wan.model
     import comfy.ops
 
@@ -65,7 +68,7 @@ def wan(seed: int, target: Path, in_dim: int, out_dim: int) -> None:
         model_type="t2v", in_dim=in_dim, out_dim=out_dim, dim=256, ffn_dim=512, num_heads=2, num_layers=2,
         text_dim=768, operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
-    save(random_state(model, seed), target, {"config": json.dumps({"transformer": {"text_dim": 768}})})
+    save(random_state(model, seed), target, {"config": json.dumps({"transformer": {"text_dim": 768, **config}})})
 
 
 def flux(seed: int, target: Path) -> None:
@@ -238,6 +241,7 @@ def _recipes() -> dict:
         "vae/wan_2.1_vae.safetensors": vae_2_1,
         WAN_2_2_VAE: vae_2_2,
         "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors": functools.partial(wan, in_dim=48, out_dim=48),
+        "diffusion_models/wan_ar.safetensors": functools.partial(wan, in_dim=16, out_dim=16, causal_ar=True),
         "diffusion_models/flux1-dev.safetensors": flux,
         "diffusion_models/sd3_medium.safetensors": sd3,
         "diffusion_models/sd1.5.safetensors": sd15,

@@ -101,6 +101,27 @@ def picture(
     return prompt
 
 
+def autoregressive(patch: Patch | None = None, steps: int = 2, length: int = 9):
+    """A prompt on the tiny autoregressive Wan model that saves its latent: frame by frame, each in `steps` forwards,
+    with keys and values of the earlier ones kept.
+    """
+    prompt: Prompt = {
+        "1": node("UNETLoader", unet_name="wan_ar.safetensors", weight_dtype="default"),
+        "3": node("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan"),
+        "5": node("CLIPTextEncode", clip=["3", 0], text="a cat on a fence"),
+        "7": node("EmptyARVideoLatent", width=32, height=32, length=length, batch_size=1),
+        "8": node("SamplerARVideo", num_frame_per_block=1),
+    }
+    model = patch(prompt, ["1", 0], 0) if patch else ["1", 0]
+    prompt["9"] = node("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
+    prompt["12"] = node(
+        "SamplerCustom", model=model, add_noise=True, noise_seed=5, cfg=1.0, positive=["5", 0], negative=["5", 0],
+        sampler=["8", 0], sigmas=["9", 0], latent_image=["7", 0],
+    )  # fmt: skip
+    prompt["14"] = node("SaveLatent", samples=["12", 0], filename_prefix="tests/latent")
+    return prompt
+
+
 def behind(prompt: Prompt, model: list, key: str, class_type: str, **inputs) -> list:
     """Put a node that takes and gives a model behind `model`; returns the link to it."""
     prompt[key] = node(class_type, model=model, **inputs)
