@@ -243,6 +243,8 @@ def test_a_run_knows_its_workflow_and_two_workflows_are_never_mixed_up(server):
         (lambda p, m, k: switch(p, m, k, preset="best"), ["preset", "best", "custom, quality, balanced, speed"]),
         (lambda p, m, k: switch(p, m, k, preset={}), ["preset", "custom, quality, balanced, speed"]),
         (lambda p, m, k: selector(p, m, k, "auto", cross_attention="disabled"), ["cross_attention", "disabled"]),
+        (lambda p, m, k: selector(p, m, k, "auto", error_budget=-0.01), ["error_budget", "0.0"]),
+        (lambda p, m, k: selector(p, m, k, "auto", error_budget=1.5), ["error_budget", "1.0"]),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(server, make, wanted):
