@@ -10,11 +10,15 @@ from typing import Any
 
 @dataclass
 class NodeRecord:
-    """One node's share of a run: what it asked for, what ran for its calls, and what was refused (with call counts)."""
+    """One node's share of a run: what it asked for, what ran for its calls, and what was refused (with call counts).
+
+    `discarded` counts its calls in forwards that were thrown away and done again, by nobody's rule.
+    """
 
     requested: str
     observed: Counter[str] = field(default_factory=Counter)
     refused: dict[tuple[str, tuple[str, ...]], int] = field(default_factory=dict)
+    discarded: int = 0
 
     @property
     def calls(self) -> int:
@@ -22,9 +26,12 @@ class NodeRecord:
 
     def text(self) -> str:
         """One or a few short lines for the node's face."""
+        again = f"{self.discarded} calls were no good and were done again on ComfyUI's own attention"
         if not self.calls:
-            return "no attention call came to this rule: none matched it, or a later node decided them all"
+            nothing = "no attention call came to this rule: none matched it, or a later node decided them all"
+            return again if self.discarded else nothing
         lines = [", ".join(f"{name} ×{count}" for name, count in self.observed.most_common())]
+        lines += [again] if self.discarded else []
         automatic = self.requested.startswith("auto")
         for (kernel, reasons), count in sorted(self.refused.items(), key=lambda item: -item[1])[:3]:
             if not automatic:

@@ -27,6 +27,7 @@ class Snapshot:
     """
 
     def __init__(self, *roots: Any) -> None:
+        self.roots = roots
         self._kept: list[tuple[Any, Any]] = []
         seen: set[int] = set()
         waiting: list[Any] = list(roots)
@@ -82,7 +83,7 @@ def healed(
     for sample in health.samples:
         record.sampled(sample.route.name, sample.l1, sample.l2, sample.route.call.block if sample.route.call else None)
     if health.good or session.beyond_help:
-        first.flush(forwards=1)
+        first.flush(forwards=0 if first.inside else 1)
         return out
     guilty = [sample for sample in health.samples if sample.beyond]
     for sample in guilty:
@@ -91,8 +92,12 @@ def healed(
     snapshot.restore()
     again = Watch(session.sampler)
     with forward(again, _safe_rules(router)) as second:
-        clean = run()
-        better = again.read(clean).finite
+        try:
+            clean = run()
+            better = again.read(clean).finite
+        except BaseException:  # stopped: what was seen so far is kept
+            first.flush(discarded=True)
+            raise
     if not better:
         if not health.finite:
             session.beyond_help = True
@@ -104,9 +109,11 @@ def healed(
         reason = guilty[0].beyond if health.finite else f"{names} {NOT_FINITE}"
         record.event("repeat", "a forward was repeated on the host's own attention", reason=reason)
         if not health.finite:
+            after = Snapshot(*snapshot.roots)
             snapshot.restore()
             check = Check(session.sampler)
             _look_for_culprit(router, forward(check), run)
+            after.restore()  # as the clean forward left it
             if not check.findings:
                 _riddle(session, names, tuple(watch.kernels))
     finally:  # only now, so that what was found is told of this forward and not of the next

@@ -197,4 +197,7 @@ class Record:
                     if decision.source == source and not decision.accepted and OWN_DENSE not in decision.reasons:
                         refusal = (decision.kernel, decision.reasons)
                         node.refused[refusal] = node.refused.get(refusal, 0) + count
+        for (trail, _, _), calls in self.calls().items():
+            for source in {decision.source for decision in trail} & nodes.keys():
+                nodes[source].discarded += calls.discarded
         return nodes

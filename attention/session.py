@@ -109,6 +109,7 @@ class Forward:
         "counts",
         "guard",
         "held",
+        "inside",
         "router",
         "routes",
         "rules",
@@ -138,6 +139,7 @@ class Forward:
         self.rules = rules
         self.sigma = sigma
         self.held = held
+        self.inside = False  # True: a forward inside this one counts
         self.routes = session.routes(active) if rules is None else {}
         self.counts: Counter[Route] = Counter()
         self.shadowed = 0
@@ -152,7 +154,7 @@ class Forward:
         if self._token is not None:
             CURRENT.reset(self._token)
         if not self.held or kind is not None:
-            self.flush(forwards=1)
+            self.flush(forwards=0 if self.inside else 1)
 
     def flush(self, forwards: int = 0, discarded: bool = False) -> None:
         """Hand what was counted so far to the record, and how many forwards have ended with it.

@@ -4,9 +4,10 @@
 
 A small stack of transformer blocks stands for a model: projections, attention, MLP. The kernel is PyTorch's own under
 two names: one that is exact and not plain PyTorch (outputs are checked), one that is lossy (calls are also compared
-with float32). Guarded and plain forwards alternate; the overhead is the median of the differences. A run is
-`forwards` forwards, of which the first compares every call. On a CPU it is the process's own time on one thread.
-Memory: the peak of the guarded forward over the plain one's, on CUDA only.
+with float32). On CUDA guarded and plain forwards alternate and the overhead is their difference; on a CPU, whose noise
+is larger than that, it is the process's own time inside the guard, on one thread. A run is `forwards` forwards, of
+which the first compares every call, the later ones a call now and then.
+Memory: the peak of the guarded forward that compares every call, over the plain one's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # tokens, heads, head dimension, blocks, what it is like
 SHAPES = {
-    "cpu": [(512, 8, 64, 8, "small"), (1024, 8, 64, 12, "larger")],
+    "cpu": [(1024, 8, 64, 6, "small"), (2048, 8, 64, 6, "larger")],
     "cuda": [
         (4096, 10, 64, 16, "SDXL at 1024 x 1024, first level"),
         (4608, 24, 128, 8, "Flux at 1024 x 1024"),
@@ -64,6 +66,22 @@ class Block(torch.nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(torch.nn.functional.layer_norm(x, x.shape[-1:]))))
 
 
+def peak_on_cpu(call: Callable[[], None]) -> int:
+    """The most bytes that tensors took at a time beyond what there was before, by the profiler's account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(file))
+        events = json.loads(file.read_text("utf-8"))["traceEvents"]
+    steps = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    held = most = 0
+    for _, size in steps:
+        held += size
+        most = max(most, held)
+    return most
+
+
 def host(*_args: Any, **_options: Any) -> torch.Tensor:
     raise AssertionError("the kernel was not used")
 
@@ -74,6 +92,7 @@ def measure(
     """Milliseconds of a plain forward, what guarding adds to a usual and to the first one, and to a run in percent."""
     from dataclasses import replace
 
+    from comfyui_attune.attention import healing
     from comfyui_attune.attention.healing import Snapshot, healed
     from comfyui_attune.attention.machine import read_machine
     from comfyui_attune.attention.policy import Policy, Rule
@@ -112,11 +131,38 @@ def measure(
 
     def peak(call: Callable[[], None]) -> int:
         if device == "cpu":
-            return 0
+            return peak_on_cpu(call)
         torch.cuda.reset_peak_memory_stats()
         call()
         wait()
         return torch.cuda.max_memory_allocated()
+
+    def added(one: Session, plain_ms: float) -> float:
+        """Milliseconds that guarding adds to one forward: on a CPU those in the guard itself, see above."""
+        if device != "cpu":
+            return timed(lambda: guarded(one)) - plain_ms
+        spent = 0.0
+
+        class Timed(healing.Watch):
+            def see(self, *args: Any) -> None:
+                nonlocal spent
+                start = clock()
+                super().see(*args)
+                spent += clock() - start
+
+            def read(self, *args: Any) -> Any:
+                nonlocal spent
+                start = clock()
+                health = super().read(*args)
+                spent += clock() - start
+                return health
+
+        real, healing.Watch = healing.Watch, Timed
+        try:
+            guarded(one)
+        finally:
+            healing.Watch = real
+        return 1000 * spent
 
     with torch.no_grad():
         plain()
@@ -125,11 +171,9 @@ def measure(
         first, usual, base = [], [], []
         for _ in range(rounds):
             fresh = Session(router)
-            guarded_first = timed(lambda one=fresh: guarded(one))
-            pairs = [(timed(plain), timed(lambda: guarded(session))) for _ in range(max(3, forwards // rounds))]
-            base.append(statistics.median(a for a, _ in pairs))
-            usual.append(statistics.median(b - a for a, b in pairs))
-            first.append(guarded_first - base[-1])
+            base.append(statistics.median(timed(plain) for _ in range(3)))
+            first.append(added(fresh, base[-1]))
+            usual.append(statistics.mean(added(session, timed(plain)) for _ in range(max(4, forwards // rounds))))
     assert session.record.observed()[name], "nothing was measured"
     plain_ms, usual_ms, first_ms = map(statistics.median, (base, usual, first))
     share = (first_ms + (forwards - 1) * usual_ms) / (forwards * plain_ms)
@@ -144,7 +188,7 @@ def measure(
         "added_ms": round(usual_ms, 3),
         "added_to_first_ms": round(first_ms, 3),
         "added_to_run_percent": round(100 * share, 2),
-        "added_peak_bytes": memory if device != "cpu" else None,
+        "added_peak_bytes": memory,
     }
 
 

@@ -115,7 +115,7 @@ class Attachment:
             record = run.record
             if record.shadowed:
                 record.note(f"another pack's attention override kept {record.shadowed} calls; rules do not reach them")
-            elif not record.observed() and record.forwards:
+            elif not record.observed() and record.forwards and run.status == "finished":
                 text = (
                     f"no attention call of this model ({run.model}) reached the pack: it computes attention in its own "
                     "way, or a later node replaced the override. It ran unchanged."
@@ -152,21 +152,20 @@ class Attachment:
             with Forward(router, session, active, bare, guard=Check(session.sampler)):
                 return executor(x, t, *args, **kwargs)
 
-        if KEY in options.get("wrappers", {}).get(_INSIDE, {}):
-            with Forward(router, session, active, bare, sigma=t.max()):
-                return executor(x, t, *args, **kwargs)
-
         def forward() -> Any:
             return executor(x, t, *args, **kwargs)
 
         return healed(router, session, active, bare, forward, Snapshot(args, kwargs), t.max())
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around the network itself, where `_stand_inside` put it: what `apply_model` does otherwise."""
+        """Around the network itself, where `_stand_inside` put it and the model runs it: what `apply_model` does else.
+
+        The guard of `apply_model` then sees no calls of its own. Some models (SD3) run no such wrappers.
+        """
         outer = CURRENT.get()
-        if outer is None or outer.router is not self.router:
+        if outer is None or outer.router is not self.router or outer.rules is not None:
             return executor(*args, **kwargs)
-        outer.held = True  # the forwards in here are what counts
+        outer.inside = True  # the forwards in here are what counts
 
         def forward() -> Any:
             return executor(*args, **kwargs)

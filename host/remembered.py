@@ -26,10 +26,16 @@ def store(folder: Path) -> Store:
         state = {str(model): [dict(entry) for entry in entries] for model, entries in (data or {}).items()}
         for entries in state.values():
             for entry in entries:
-                _finding(entry)
+                _check(entry)
         return state
 
     return Store(folder / "failures.json", "attune failures", 1, parse, lambda state: state)
+
+
+def _check(entry: dict[str, Any]) -> None:
+    """Raises TypeError or KeyError where it is none: one that somebody has edited must not cost a run."""
+    hash(_finding(entry))
+    list(entry["around"])
 
 
 def _finding(entry: dict[str, Any]) -> Finding:

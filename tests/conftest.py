@@ -106,7 +106,7 @@ def make_server(comfyui_folder, models, tmp_path_factory):
             models,
             ("--cpu", *flags),
             packs,
-            {"ATTUNE_HOME": str(home), **(env or {})},
+            {"ATTUNE_HOME": str(home), "OMP_NUM_THREADS": "1", **(env or {})},
         )
         started.append(server)
         server.start()

@@ -15,6 +15,7 @@ from comfyui_attune.attention.router import Router
 from comfyui_attune.attention.session import Forward, Session
 from comfyui_attune.kernels import KERNELS
 from support.prompts import latent, node, rule, selector, two_stage
+from support.standins import environment
 
 # torch's own compiler uses things that torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:.*torch.jit.*:DeprecationWarning")
@@ -157,10 +158,12 @@ def test_the_operator_keeps_its_promises():
 
 
 @pytest.fixture(scope="module")
-def compiling_server(make_server):
+def compiling_server(make_server, tmp_path_factory):
     if reason := why_no_inductor():
         pytest.skip(reason)
-    server = make_server("--use-pytorch-cross-attention", env={"TORCH_LOGS": "recompiles,graph_breaks"})
+    broken = environment(tmp_path_factory.mktemp("home"), "sage2", fault="sage2_fp8_cuda:nan:from=10")
+    env = {**broken, "TORCH_LOGS": "recompiles,graph_breaks"}
+    server = make_server("--use-pytorch-cross-attention", env=env)
     yield server
     server.stop()
 
@@ -201,6 +204,13 @@ def test_a_compiled_model_in_comfyui_obeys_new_settings_percents_and_bypass(comp
 
     result = server.run(compiled_prompt(lambda p, m: selector(p, m, "20", "host")), seconds=400)
     assert result.runs[0]["observed"] == {"host": 24}
+    exact = latent(result)
+
+    # A kernel that gives NaN from the third forward on: healed, without compiling anything again.
+    result = server.run(compiled_prompt(lambda p, m: selector(p, m, "20", "sage2_fp8_cuda")), seconds=400)
+    assert result.runs[0]["observed"] == {"sage2_fp8_cuda": 8, "host": 16}
+    assert result.runs[0]["repeated"] == 1
+    assert torch.allclose(latent(result), exact, atol=2e-2)  # the stand-in rounds to float16
     log = server.output()[log_from:]
     assert "Recompiling" not in log, log
     assert "Graph break" not in server.output()

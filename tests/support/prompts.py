@@ -51,11 +51,11 @@ def two_stage(patch: Patch | None = None, steps: int = 4, split: int | None = No
     return prompt
 
 
-# The tiny picture models (tests/tiny_models.py): file, channels of the latent, attention calls of one forward, blocks.
+# The tiny picture models (tests/tiny_models.py): file, and channels of the latent.
 PICTURES = {
-    "flux": ("flux1-dev.safetensors", 16, 4, 4),
-    "sd3": ("sd3_medium.safetensors", 16, 2, 2),
-    "sd15": ("sd1.5.safetensors", 4, 6, 3),
+    "flux": ("flux1-dev.safetensors", 16),
+    "sd3": ("sd3_medium.safetensors", 16),
+    "sd15": ("sd1.5.safetensors", 4),
 }
 
 
@@ -75,7 +75,7 @@ def picture(
     `patch(prompt, model, 0)` as in `two_stage`. `control`: a ControlNet stands on the positive conditioning, so that
     the two conditionings are not joined. `size` is in pixels.
     """
-    file, channels, _, _ = PICTURES[family]
+    file, channels = PICTURES[family]
     empty = "EmptyLatentImage" if channels == 4 else "EmptySD3LatentImage"
     prompt: Prompt = {
         "1": node("UNETLoader", unet_name=file, weight_dtype="default"),
