@@ -1,7 +1,7 @@
 """Is a forward pass healthy: are its attention outputs finite, and near enough to float32 where the kernel is lossy?
 
 While the model computes nothing is read from the device: each call leaves a few numbers there, and `Watch.read`
-fetches all of them at once, one synchronisation per forward. `Check` judges each call on the spot instead.
+fetches all of them at once, one synchronisation per forward.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def sample_error(
     item = int(torch.randint(batch, (1,), generator=torch.Generator().manual_seed(generator.initial_seed())))
     width = 4 * kv_len * (3 * len(rows) + dim + v.shape[-1])
     step = max(1, min(heads, _SAMPLE_BYTES // width))
-    sums = torch.zeros(4, device=q.device)
+    sums = torch.zeros(4, device=q.device, dtype=torch.float32)
     if mask is not None:
         mask = mask[item if mask.shape[0] > 1 else 0]
         if mask.shape[1] > 1:
@@ -127,7 +127,7 @@ def sample_error(
     return sums
 
 
-def _figures(sums: Sequence[float]) -> tuple[float, float]:
+def figures(sums: Sequence[float]) -> tuple[float, float]:
     """(l1, l2) of what `sample_error` left."""
     l1, all1, l2, all2 = sums
     return (l1 / all1, math.sqrt(l2 / all2)) if all1 > 0 and all2 > 0 else (math.nan, math.nan)
@@ -140,6 +140,15 @@ class Sampler:
         self._random = random.Random(0)  # its own: a run's seed must give the same picture with and without it
         self._calls = 0  # calls with a limit in a forward, the most there were so far
         self._number = 0
+        self._compared: set[tuple[str, Place]] = set()
+
+    def knows(self, route: Route) -> bool:
+        """Was a call like those of this route compared before, by the same kernel?"""
+        return route.call is not None and (route.name, Place.of(route.call)) in self._compared
+
+    def begin_anew(self) -> None:
+        """A kernel that was good is not any more: compare everything once more."""
+        self._compared.clear()
 
     def choose(self) -> int:
         """Which call with a limit, counted from 0, is compared in the forward that begins now; mostly there is none."""
@@ -159,8 +168,9 @@ class Sampler:
     ) -> torch.Tensor | None:
         """`sample_error` of one call in the host's layouts; None where the route has no limit, or it cannot be had."""
         route.compared = True
-        if route.limit is None:
+        if route.limit is None or route.call is None:
             return None
+        self._compared.add((route.name, Place.of(route.call)))
         self._number += 1
         try:
             generator = torch.Generator(q.device).manual_seed(self._number)
@@ -219,11 +229,11 @@ class Watch:
             return Health(True)
         self._sampler.ended(self._limited)
         last = [out.sum(dtype=torch.float32)] if isinstance(out, torch.Tensor) and out.is_floating_point() else []
-        figures: dict[torch.device, list[torch.Tensor]] = {}
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
         for tensor in (*self._sums, *last):
-            figures.setdefault(tensor.device, []).append(tensor)
+            by_device.setdefault(tensor.device, []).append(tensor)
         # A sum of finite numbers is finite, one with NaN or infinity in it is not, and neither is the sum of sums.
-        finite = [torch.stack(tensors).sum() for tensors in figures.values()]
+        finite = [torch.stack(tensors).sum() for tensors in by_device.values()]
         packed: dict[torch.device, list[torch.Tensor]] = {}
         for tensor in (*finite, *(sums for _, sums in self._samples)):
             packed.setdefault(tensor.device, []).append(tensor.reshape(-1))
@@ -234,37 +244,6 @@ class Watch:
         samples = []
         for route, sums in self._samples:
             mine = numbers[sums.device]
-            samples.append(Sample(route, *_figures(mine[:4])))
+            samples.append(Sample(route, *figures(mine[:4])))
             del mine[:4]
         return Health(healthy, tuple(samples))
-
-
-class Check:
-    """Judges every call at once, with a synchronisation each: to find a culprit, and for calls outside any forward."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-        self.findings: list[Finding] = []
-
-    def see(
-        self,
-        route: Route,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> Finding | None:
-        """What is wrong with this call's output, or None. The error is measured once per route."""
-        reason = ""
-        if not math.isfinite(float(out.sum(dtype=torch.float32))):
-            # With NaN in its inputs no kernel could do better.
-            inputs = sum(float(t.sum(dtype=torch.float32)) for t in (q, k, v))
-            reason = NOT_FINITE if math.isfinite(inputs) else ""
-        elif not route.compared and (sums := self._sampler.measure(route, q, k, v, mask, out)) is not None:
-            reason = Sample(route, *_figures(sums.tolist())).beyond
-        if not reason or route.call is None:
-            return None
-        finding = Finding(route.name, Place.of(route.call), reason)
-        self.findings.append(finding)
-        return finding

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .guard import NOT_FINITE, Check, Finding, Place, Watch
+from .check import Check
+from .guard import NOT_FINITE, Finding, Place, Watch
 from .plan import PLAIN_HOSTS
 from .policy import Rule
 from .router import Router
@@ -89,25 +90,34 @@ def healed(
     for sample in guilty:
         if sample.route.call is not None:
             blame(router, first, Finding(sample.route.name, Place.of(sample.route.call), sample.beyond))
+    if guilty:
+        session.sampler.begin_anew()
+    names = ", ".join(watch.kernels)
+    reason = guilty[0].beyond if health.finite else f"{names} {NOT_FINITE}"
+    repeated, left = "a forward was repeated on the host's own attention", Snapshot(*snapshot.roots)
     snapshot.restore()
     again = Watch(session.sampler)
-    with forward(again, _safe_rules(router)) as second:
-        try:
+    try:
+        with forward(again, _safe_rules(router)) as second:
             clean = run()
             better = again.read(clean).finite
-        except BaseException:  # stopped: what was seen so far is kept
-            first.flush(discarded=True)
-            raise
+    except router.link.interrupts:  # stopped: what was seen so far is kept
+        record.event("repeat", repeated, reason=reason)
+        first.flush(discarded=True)
+        raise
+    except Exception as error:  # too little memory, most likely: the first result is what there is
+        left.restore()
+        _say_not_repeated(session, reason, error.with_traceback(None))
+        first.flush(forwards=1)
+        return out
     if not better:
         if not health.finite:
             session.beyond_help = True
             _say_beyond_help(session)
         first.flush(forwards=1)
         return out
-    names = ", ".join(watch.kernels)
     try:
-        reason = guilty[0].beyond if health.finite else f"{names} {NOT_FINITE}"
-        record.event("repeat", "a forward was repeated on the host's own attention", reason=reason)
+        record.event("repeat", repeated, reason=reason)
         if not health.finite:
             after = Snapshot(*snapshot.roots)
             snapshot.restore()
@@ -123,14 +133,23 @@ def healed(
 
 
 def _look_for_culprit(router: Router, checked: Forward, run: Callable[[], Any]) -> None:
-    """The forward once more, for what its guard finds; nobody needs its result."""
-    try:
-        with checked:
+    """The forward once more, for what its guard finds; nobody needs its result, and it counts for nothing."""
+    checked.inside = True
+    with checked:
+        try:
             run()
-    except router.link.interrupts:
-        raise
-    except Exception as error:  # the clean result is there
-        log.warning("Attention: the forward that looks for the culprit failed: %s", error)
+        except Exception as error:
+            checked.counts.clear()
+            if isinstance(error, router.link.interrupts):
+                raise
+            log.warning("Attention: the forward that looks for the culprit failed: %s", error)
+
+
+def _say_not_repeated(session: Session, reason: str, error: Exception) -> None:
+    text = f"a forward should have been repeated ({reason}), and that failed: {type(error).__name__}: {error}"
+    session.record.event("fallback", text, reason=reason)
+    if session.record.note(text):
+        log.warning("Attention: %s", text)
 
 
 def _say_beyond_help(session: Session) -> None:

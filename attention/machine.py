@@ -69,6 +69,11 @@ class Device:
     def type(self) -> str:
         return self.name.partition(":")[0]
 
+    def like(self, other: Device) -> bool:
+        """Would a kernel behave alike on both?"""
+        mine, theirs = ((d.type, d.title, d.capability, d.memory) for d in (self, other))
+        return mine == theirs
+
     @property
     def sm(self) -> str:
         """ "sm_90" and the like; empty where the device has no compute capability."""

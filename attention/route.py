@@ -22,6 +22,7 @@ class Route:
         "compared",
         "dtype",
         "guarded",
+        "judged",
         "k_shape",
         "k_swap",
         "kernel",
@@ -47,6 +48,7 @@ class Route:
         self.call: AttentionCall | None = None
         self.guarded = False
         self.limit: Limit | None = None
+        self.judged = 0  # calls that a Check has seen
         self.compared = False  # with float32, at least once
         self.skips = (False, False)  # skip_reshape, skip_output_reshape of the host's call
         self.scale: float | None = None

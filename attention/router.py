@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from .check import Check
 from .compiled import traced_attention
-from .guard import Check, Finding
+from .guard import Finding
 from .kernel import Kernel
 from .link import HostFunction, HostLink
 from .machine import Machine
@@ -38,6 +39,9 @@ def _given(options: Any, scale: Any, enable_gqa: Any, low_precision: Any, inside
     if inside is not ABSENT:
         given["_inside_attn_wrapper"] = inside
     return given
+
+
+_BULK = 64  # calls outside any run that are judged together
 
 
 class Router:
@@ -67,8 +71,8 @@ class Router:
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
         self.idle_session = Session(self)
         self.idle_session.record.endless = True
-        # Such a call is judged on the spot, as nobody could repeat anything later.
-        check = Check(self.idle_session.sampler)
+        # Nobody could repeat anything later: such calls are judged on the spot, and with time in bulk.
+        check = Check(self.idle_session.sampler, _BULK)
         self._idle = Forward(self, self.idle_session, policy.without_percent, guard=check)
 
     def flush_idle(self) -> None:

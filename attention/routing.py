@@ -132,6 +132,7 @@ def new_route(
         if route.kernel is not None:
             route.guarded = forward.rules is not None or route.kernel.needs_proof or not route.kernel.exact
             route.limit = _limit(route, route.kernel, rules)
+            route.compared = forward.session.sampler.knows(route)
             route.fit(call, (q.ndim, k.ndim, v.ndim), skip_reshape, skip_output)
             if call.mixed_dtypes:
                 route.dtype = call.dtype
@@ -187,8 +188,8 @@ def _ready(router: Router, forward: Forward, key: tuple[Any, ...], call: Attenti
         kernel, trail = plan.kernel, plan.decisions
         if any(_OUT_OF_MEMORY in reason for reason in demoted.values()):
             # What did not fit is done again by the exact kernel that needs least, whatever the rules prefer.
-            split = router.kernels["split"]
-            if not reasons_against(split, call, router.machine):
+            split = router.kernels.get("split")
+            if split and "split" not in unfit and not reasons_against(split, call, router.machine):
                 kernel = split
                 trail = (*(d for d in trail if not d.accepted), Decision("split", "split", ""))
         if kernel is None:

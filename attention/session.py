@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .call import AttentionCall
-from .guard import Check, Finding, Place, Sampler, Watch
+from .check import Check
+from .guard import Finding, Place, Sampler, Watch
 from .policy import Rule
 from .record import Record, Trail
 from .route import Route
@@ -41,15 +42,19 @@ class Session:
         self.riddles = 0  # forwards with NaN whose culprit could not be found
         self._said: set[Any] = set()
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Session:
+        return self  # it travels in the options of a run, which other packs may copy
+
     def routes(self, active: frozenset[int]) -> dict[Any, Route]:
         """The routes known so far under these rules, by call key."""
         return self._routes.setdefault(active, {})
 
     def refused(self, device: str) -> Mapping[str, str]:
         """Kernel name → why it may not be called on this device during this run, whatever the call."""
-        if device not in self._refused:
-            self._refused[device] = self._link.refused(device)
-        return self._refused[device]
+        refused = self._refused.get(device)
+        if refused is None:  # never asked, or `ask_again` came from the thread of the probe just now
+            refused = self._refused[device] = self._link.refused(device)
+        return refused
 
     def ask_again(self) -> None:
         """Forget what `refused` was told, and every plan made with it."""
@@ -72,9 +77,10 @@ class Session:
     def blame(self, finding: Finding, remembered: bool = False) -> None:
         """Never plan a kernel again for the calls it failed for. `remembered`: it did so in an earlier run."""
         why = f"{finding.reason} in an earlier run with this model" if remembered else finding.reason
-        self._blamed.setdefault(finding.place, {})[finding.kernel] = why
-        if not remembered:
+        kernels = self._blamed.setdefault(finding.place, {})
+        if not remembered and finding.kernel not in kernels:
             self.findings.append(finding)
+        kernels[finding.kernel] = why
         self._plan_anew()
 
     def ban(self, kernel: str, reason: str) -> None:

@@ -11,8 +11,8 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..attention.check import Check
 from ..attention.clock import Clock
-from ..attention.guard import Check
 from ..attention.healing import Snapshot, healed
 from ..attention.plan import expand
 from ..attention.record import Record
@@ -76,8 +76,7 @@ class Attachment:
         finally:
             options.pop(_SESSION, None)
             self._close(run)
-            if session.findings:
-                remember(home(), model, session.findings, kernels(), self.router.machine)
+            self._remember(model, session)
 
     def _prepare(self, record: Record, sigmas: Any) -> None:
         """Tell the record what is known before the run: its noise levels, the model's blocks, what is to be timed."""
@@ -149,13 +148,18 @@ class Attachment:
             active = self._in_force(executor.class_obj, t, session)
         bare = options.get(OVERRIDE) is router
         if session is router.idle_session:  # outside any run nothing can be repeated: each call is judged at once
+            outer = CURRENT.get()
+            if outer is not None and outer.router is router:  # the host nested a run in a run: the outer one watches
+                return executor(x, t, *args, **kwargs)
             with Forward(router, session, active, bare, guard=Check(session.sampler)):
                 return executor(x, t, *args, **kwargs)
 
         def forward() -> Any:
             return executor(x, t, *args, **kwargs)
 
-        return healed(router, session, active, bare, forward, Snapshot(args, kwargs), t.max())
+        # EasyCache's own state: under torch.compile it stands inside this wrapper.
+        cache = getattr(options.get("easycache"), "__dict__", None)
+        return healed(router, session, active, bare, forward, Snapshot(args, kwargs, cache), t.max())
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the network itself, where `_stand_inside` put it and the model runs it: what `apply_model` does else.
@@ -187,10 +191,22 @@ class Attachment:
 
     def _recall(self, guider: Any, session: Session) -> str:
         """Tell the session what failed in earlier runs of this model; returns the model's fingerprint."""
-        model = fingerprint(getattr(getattr(guider, "model_patcher", None), "model", None))
-        for finding in recall(home(), model, kernels(), self.router.machine):
-            session.blame(finding, remembered=True)
-        return model
+        try:
+            model = fingerprint(getattr(getattr(guider, "model_patcher", None), "model", None))
+            for finding in recall(home(), model, kernels(), self.router.machine):
+                session.blame(finding, remembered=True)
+            return model
+        except Exception:  # what is remembered must never cost a run
+            log.exception("What failed in earlier runs of this model could not be looked up")
+            return ""
+
+    def _remember(self, model: str, session: Session) -> None:
+        """Keep what was found in this run for later ones. `model` "" means that nobody could tell it."""
+        try:
+            if model and session.findings:
+                remember(home(), model, session.findings, kernels(), self.router.machine)
+        except Exception:
+            log.exception("What failed in this run could not be kept for later ones")
 
     def _in_force(self, model: Any, t: torch.Tensor, session: Session) -> frozenset[int]:
         """The rules in force at the noise level `t`. Reads one number from the device, once per forward."""

@@ -55,9 +55,10 @@ def fingerprint(model: Any) -> str:
 
 
 def _around(kernel: Kernel | None, machine: Machine) -> list[str]:
-    """What a finding holds for: with a new version the kernel gets a new chance."""
+    """What a finding holds for: with a new version, or from another source, the kernel gets a new chance."""
     package = "" if kernel is None else machine.packages.get(kernel.package, "")
-    return [package, machine.torch, machine.main_device.title]
+    fetched = "" if kernel is None else str(machine.fetched.get(kernel.name, ""))
+    return [package, fetched, kernel.origin if kernel else "", machine.torch, machine.main_device.title]
 
 
 def recall(folder: Path, model: str, kernels: dict[str, Kernel], machine: Machine) -> list[Finding]:

@@ -132,7 +132,8 @@ def _watch_prompt(data: dict[str, Any]) -> dict[str, Any]:
     extra = data.get("extra_data")
     if isinstance(extra, dict) and isinstance(extra.get("extra_pnginfo"), dict):
         extra["extra_pnginfo"] = _Metadata(extra["extra_pnginfo"])
-        _metadata[str(data.setdefault("prompt_id", str(uuid.uuid4())))] = extra["extra_pnginfo"]
+        data["prompt_id"] = data.get("prompt_id") or str(uuid.uuid4())  # as the host does afterwards
+        _metadata[str(data["prompt_id"])] = extra["extra_pnginfo"]
     return data
 
 

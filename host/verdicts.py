@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger("attune")
 OPEN = "is being tried in a child process first, or waits for that; later runs can use it"
 # Whose kernels the host's own function calls, by its name.
 _HOSTS = {"sage": FAMILIES["sage"], "flash": ("flash2",), "xformers": ("xformers", "xformers_cutlass")}
+_AGAIN = 600.0  # seconds before a kernel whose probe was disturbed is tried again
 _FIRST_LOOK = 60.0  # seconds; reading the kept verdicts takes a fraction of one
 
 
@@ -62,6 +64,7 @@ class Verdicts:
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         self._warned = False
+        self._tried: dict[tuple[Device, str], float] = {}  # when a disturbed probe was done again
         self._told: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def start(self) -> None:
@@ -82,13 +85,14 @@ class Verdicts:
 
     def tell(self, session: Session) -> None:
         """Have a session that outlives single runs ask again whenever a verdict comes in."""
-        self._told.add(session)
+        with self._news:
+            self._told.add(session)
 
     def _like(self, device: str) -> Device:
         """The device whose verdicts count for this one: equal cards share them."""
         here = self._read_machine().device(device)
         with self._news:
-            return next((known for known in self._known if _same(known, here)), here)
+            return next((known for known in self._known if known.like(here)), here)
 
     def known(self, device: str) -> dict[str, KernelVerdict]:
         """The verdicts on this device so far, by kernel."""
@@ -139,7 +143,7 @@ class Verdicts:
         """Block until the first of `names` that works has its verdict, or all have.
 
         say: called with each name that is really waited for. check: called all the time; what it raises ends the wait.
-        A probe that was disturbed is tried again, once.
+        A probe that was disturbed is tried again, at most every ten minutes.
         """
         self.start()
         self._looked.wait(_FIRST_LOOK)
@@ -170,7 +174,7 @@ class Verdicts:
         with self._news:
             known = self._known.setdefault(device, {})
             for name in names:
-                if name in known and known[name].outcome == "undecided":
+                if name in known and known[name].outcome == "undecided" and self._may_try_again(device, name):
                     del known[name]
             missing = [name for name in names if name not in known]
             self._wanted.update((device, name) for name in missing)
@@ -185,6 +189,14 @@ class Verdicts:
         finally:
             with self._news:
                 self._wanted.difference_update((device, name) for name in missing)
+
+    def _may_try_again(self, device: Device, name: str) -> bool:
+        """A disturbed probe is done again, but not in every run: what disturbed it (a full GPU) may last."""
+        now = time.monotonic()
+        again = now - self._tried.get((device, name), now - _AGAIN) >= _AGAIN
+        if again:
+            self._tried[device, name] = now
+        return again
 
     def _verdict(self, device: Device, name: str) -> KernelVerdict | None:
         with self._news:
@@ -213,7 +225,7 @@ class Verdicts:
                     self._try(device, names)
         except _Ended:
             pass
-        except Exception:  # without verdicts nothing of the others' is called; ComfyUI goes on
+        except Exception:
             log.exception("Attune: the probe of the attention kernels failed; kernels without a verdict are not used")
         finally:
             self._looked.set()
@@ -235,7 +247,7 @@ class Verdicts:
         machine = self._read_machine()
         distinct: list[Device] = []
         for device in sorted(machine.devices, key=lambda device: device is not machine.main_device):
-            if not any(_same(device, other) for other in distinct):
+            if not any(device.like(other) for other in distinct):
                 distinct.append(device)
         for device in distinct:  # the main one first
             known, fingerprints = stored(self._kernels.values(), machine, self._folder, device)
@@ -268,6 +280,12 @@ class Verdicts:
             )
         except _SomethingElse:
             return
+        except _Ended:
+            raise
+        except Exception as error:  # the probe as a whole (a full disk): nothing is known of these, and others follow
+            log.exception("Attune: the probe of %s failed; they are not used", ", ".join(names))
+            unknown = KernelVerdict("undecided", f"the probe failed ({type(error).__name__}: {error})")
+            found = {name: unknown for name in names if self._verdict(device, name) is None}
         self._keep(device, found)
         said = ", ".join(f"{name} {verdict.outcome}" for name, verdict in found.items())
         log.info("Attune: tried on %s: %s. `attune doctor` says what to do about the others.", device.name, said)
@@ -280,12 +298,3 @@ class Verdicts:
             flag = self._read_machine().host_flag
             cure = f"Start ComfyUI without {flag}." if flag else "`attune quarantine add` hides a package from it."
             log.warning("Attune: %s. Models without a node of this pack compute with it. %s", why, cure)
-
-
-def _same(one: Device, other: Device) -> bool:
-    """Would a kernel behave alike on both?"""
-    return one.type == other.type and (one.title, one.capability, one.memory) == (
-        other.title,
-        other.capability,
-        other.memory,
-    )

@@ -105,10 +105,18 @@ async def _register_replacements() -> None:
         await register(io.NodeReplace(**replacement))
 
 
+def _kernel_rows() -> list[dict[str, Any]]:
+    """Every kernel in this process. Switched off, the pack tries none."""
+    return kernel_rows(kernels(), machine(), {} if switched_off() else verdicts().outcomes())
+
+
 class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
-            add_routes(lambda: kernel_rows(kernels(), machine(), verdicts().outcomes()), default_account)
+            add_routes(
+                lambda: kernel_rows(kernels(), machine(), {} if switched_off() else verdicts().outcomes()),
+                default_account,
+            )
             if not switched_off():
                 watch_prompts()
             await _register_replacements()

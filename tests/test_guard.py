@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_attune.attention.call import Layout, describe
+from comfyui_attune.attention.check import Check
 from comfyui_attune.attention.errors import make_inputs
-from comfyui_attune.attention.guard import NOT_FINITE, Check, Limit, Sample, Sampler, Watch, sample_error
+from comfyui_attune.attention.guard import NOT_FINITE, Limit, Sample, Sampler, Watch, sample_error
 from comfyui_attune.attention.kernel import Kernel, Needs
 from comfyui_attune.attention.plan import Decision
 from comfyui_attune.attention.reference import reference_attention

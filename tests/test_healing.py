@@ -261,6 +261,115 @@ def test_a_failure_while_looking_for_the_culprit_does_not_cost_the_clean_result(
     assert state == []  # as a forward leaves it
 
 
+def test_a_repeat_that_fails_leaves_the_run_with_what_there_was():
+    """The host's own attention may need more memory than there is."""
+    passes = []
+
+    class Fails(Model):
+        def __call__(self, x, state):
+            passes.append(1)
+            if len(passes) == 2:
+                state.pop()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(x, state)
+
+    router, session, _ = setup(Faulty(spoil=lambda out, _block: out * 1.5))
+    state = [0.0, 1.0, 2.0, 3.0]
+    out = healed(
+        router, session, router.policy.without_percent, True,
+        lambda: Fails(router)(torch.ones(1, 16, HEADS * 8), state), Snapshot([state]),
+    )  # fmt: skip
+    assert torch.isfinite(out).all() and state == []
+    assert session.record.observed() == {"sage1": 8} and session.record.repeated == 0
+    assert [kind for kind, _, _ in happened(session)].count("fallback") == 1
+    assert "OutOfMemoryError: CUDA out of memory" in session.record.notes[-1]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_search_for_the_culprit_counts_for_nothing(passes):
+    """Also where it fails: one forward was asked for, and eight calls went into its result."""
+    router, session, model = setup(Faulty(spoil=nan_in(1)))
+    inner, seen = model.__call__, []
+
+    def run(x, state):
+        seen.append(1)
+        if passes == 3 and len(seen) == 3:
+            inner(x, state)
+            raise MemoryError("out of memory")
+        return inner(x, state)
+
+    state = [0.0, 1.0, 2.0, 3.0]
+    x = torch.ones(1, 16, HEADS * 8)
+    healed(router, session, router.policy.without_percent, True, lambda: run(x, state), Snapshot([state]))
+    assert session.record.forwards == 1
+    assert session.record.observed() == {"host": 8}
+
+
+def test_a_stop_in_the_repeat_leaves_the_reason_in_the_record():
+    passes = []
+
+    class Stops(Model):
+        def __call__(self, x, state):
+            passes.append(1)
+            if len(passes) == 2:
+                raise Interrupt
+            return super().__call__(x, state)
+
+    router, session, _ = setup(Faulty(spoil=nan_in(0)), link=HostLink(interrupts=(Interrupt,)))
+    with pytest.raises(Interrupt):
+        forward(router, session, Stops(router))
+    assert happened(session) == [("repeat", "", None)]
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__", "__index__")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts what would make the host wait for a GPU."""
+    counted = []
+    for name in READS:
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, real=real, name=name, **k: counted.append(name) or real(self, *a, **k)
+        )
+    return counted
+
+
+def test_a_healthy_forward_is_read_once_and_one_on_plain_pytorch_never(reads):
+    router, session, model = setup(Faulty())
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, HEADS * 8)
+    for _ in range(3):
+        state = [0.0, 1.0, 2.0, 3.0]
+        reads.clear()
+        healed(
+            router, session, router.policy.without_percent, True,
+            lambda state=state: model(x, state), Snapshot([state]),
+        )  # fmt: skip
+        # `sample_error` draws the batch item on the CPU, which waits for nothing.
+        assert [name for name in reads if name != "__int__"] == ["tolist"]
+    plain, session, model = setup(rules=[Rule(("host",), source="7")])
+    reads.clear()
+    healed(plain, session, plain.policy.without_percent, True, lambda: model(x, [0.0] * 4), Snapshot())
+    assert reads == []
+
+
+def test_calls_outside_any_run_are_judged_in_bulk_after_the_first(reads):
+    kernel = Faulty("flash2", "exact")
+    router, _, _ = setup(kernel)
+    q = torch.randn(1, 16, HEADS * 8)
+    for _ in range(2 + 64):
+        router(plain_attention, q, q, q, HEADS)
+    assert reads.count("tolist") == 1
+    assert len(reads) < 2 * 4 + 2
+    kernel.spoil = lambda out, _block: out * math.nan
+    for _ in range(64):
+        router(plain_attention, q, q, q, HEADS)
+    out = router(plain_attention, q, q, q, HEADS)
+    assert torch.equal(out, plain_attention(q, q, q, HEADS))  # late, and for good
+
+
 def test_a_host_that_is_another_packages_kernel_is_watched_and_sdpa_takes_its_place():
     """ComfyUI started with --use-sage-attention: the node says host, and host gives NaN."""
 

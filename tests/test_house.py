@@ -38,7 +38,8 @@ ALLOWED = {
 # Inside attention/, imports run one way.
 ORDER = [
     "call", "builds", "driver", "machine", "kernel", "listing", "policy", "plan", "clock", "history", "entries",
-    "record", "account", "link", "guard", "route", "session", "compiled", "routing", "router", "chained", "healing",
+    "record", "account", "link", "guard", "route", "check", "session", "compiled", "routing", "router",
+    "chained", "healing",
 ]  # fmt: skip
 TYPES_ONLY = {("session", "router"), ("routing", "router"), ("guard", "route")}
 

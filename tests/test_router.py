@@ -449,3 +449,19 @@ def test_calls_outside_any_run_do_not_pile_up(monkeypatch):
         assert len(router._idle.routes) <= 10 and len(router._idle.counts) <= 10
     router.flush_idle()
     assert router.idle_session.record.observed() == {"sdpa": 49}
+
+
+def test_after_memory_ran_out_a_split_that_fails_as_well_ends_at_the_host(run):
+    """What fails after a failed allocation is often something else, an allocation of a library."""
+    hungry = Fake("flash2", error=torch.OutOfMemoryError("CUDA out of memory"))
+    split = Fake("split", error=RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))
+    host = Host()
+    run(make(hungry, split, rules=[Rule(("flash2",))]), *tensors(), 2, host=host)
+    assert (hungry.calls, split.calls, len(host.calls)) == (1, 1, 1)
+
+
+def test_a_split_that_the_doctor_condemned_is_not_called_even_then(run):
+    hungry, split, host = Fake("flash2", error=torch.OutOfMemoryError("CUDA out of memory")), Fake("split"), Host()
+    link = HostLink(refused=lambda _device: {"split": "the doctor found: wrong numbers"})
+    run(make(hungry, split, rules=[Rule(("flash2",))], link=link), *tensors(), 2, host=host)
+    assert (split.calls, len(host.calls)) == (0, 1)

@@ -193,8 +193,9 @@ def test_a_probe_that_fails_as_a_whole_releases_whoever_waits(make, monkeypatch,
     monkeypatch.setattr(module, "examine", lambda *_args, **_options: 1 / 0)
     verdicts = make(kernel("a"))
     verdicts.wait(["a"], "cpu")
-    assert verdicts.refused("cpu") == {"a": OPEN}
+    assert "undecided (the probe failed (ZeroDivisionError: division by zero))" in verdicts.refused("cpu")["a"]
     assert "are not used" in caplog.text
+    assert verdicts._thread.is_alive()  # a full disk now need not be one later
 
 
 def test_stopping_ends_what_is_under_way(make, monkeypatch):
@@ -220,3 +221,37 @@ def test_the_hosts_own_attention_is_judged_by_what_it_calls(make, monkeypatch, c
     kernels = {one.name: one for one in (kernel("sage1"), kernel("sdpa"))}
     plan = make_plan(call, [Rule(("host",))], kernels, machine, verdicts.refused("cpu"))
     assert plan.name == ("sdpa" if refused else "host")
+
+
+def test_a_disturbed_probe_is_not_done_again_in_every_run(make, monkeypatch):
+    probe = Probe(monkeypatch, {"a": [KernelVerdict("undecided", "the GPU is full")]})
+    verdicts = make(kernel("a"))
+    for _ in range(3):
+        verdicts.wait(["a"], "cpu")
+    assert len(probe.tried) == 2  # at start, and once for the first run that named it
+
+
+def test_sessions_may_come_while_verdicts_come_in(make, monkeypatch):
+    class Session:
+        def ask_again(self):
+            pass
+
+    Probe(monkeypatch, {"a": [WORKS]})
+    verdicts, kept, failed = make(kernel("a")), [], []
+
+    def tell():
+        try:
+            for _ in range(3000):
+                kept.append(Session())
+                verdicts.tell(kept[-1])
+                if len(kept) % 7 == 0:
+                    kept.clear()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    while thread.is_alive():
+        verdicts._keep(CPU, {"a": WORKS})
+    thread.join()
+    assert failed == []
