@@ -318,6 +318,27 @@ def test_a_lora(bench, first):
     assert repeats(healed) == [1]
 
 
+def hooked(patch):
+    """A LoRA on one conditioning only, by hooks whose strength changes half-way: forwards with other weights."""
+    prompt = flux(patch)
+    prompt["40"] = prompts.node("CreateHookLoraModelOnly", lora_name="flux.safetensors", strength_model=1.0)
+    prompt["41"] = prompts.node("CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
+    prompt["42"] = prompts.node("CreateHookKeyframe", strength_mult=0.3, start_percent=0.5, prev_hook_kf=["41", 0])
+    prompt["43"] = prompts.node("SetHookKeyframes", hooks=["40", 0], hook_kf=["42", 0])
+    prompt["44"] = prompts.node(
+        "ConditioningSetProperties", cond_NEW=["5", 0], strength=1.0, set_cond_area="default", hooks=["43", 0]
+    )
+    prompt["12"]["inputs"]["positive"] = ["44", 0]
+    return prompt
+
+
+def test_hooks(bench):
+    bench.wrong(NAN)
+    healed, exact = bench.run(hooked, bench.select()), bench.exact(hooked)
+    assert torch.equal(prompts.latent(healed), exact) and not torch.equal(exact, bench.exact(flux))
+    assert repeats(healed) == [1]
+
+
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
 @pytest.mark.parametrize("first", ["cache", "selector"])
 def test_a_cache_of_results_never_keeps_one_that_is_not_healed(bench, cache, first):
