@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..attention.kernel import Kernel, machine_reasons
 from ..attention.machine import Machine, first_choices
+from .probe import stored
+from .store import home
 
 VARIABLE = "COMFYUI_ATTENTION_MECHANISM"
 _OURS = re.compile(rf"^[ \t]*(?:export[ \t]+)?{VARIABLE}=[^\r\n]*", re.MULTILINE)
 
 
-def best_kernel(kernels: Mapping[str, Kernel], machine: Machine, fast: bool) -> str:
-    """The first choice for this machine's main device that nothing known forbids; nothing is run to find it."""
-    for name in first_choices(machine.main_device.architecture, fast):
-        if name in kernels and not machine_reasons(kernels[name], machine):
-            return name
-    return "sdpa"
+def best_kernel(kernels: Mapping[str, Kernel], machine: Machine, fast: bool, folder: Path | None = None) -> str:
+    """The first choice for this machine's main device that nothing known forbids, the doctor's kept verdicts included.
+
+    Nothing is run to find it: for a kernel that needs a proof and has none yet, standard error says so. folder: where
+    verdicts are kept, else doctor.store.home(). "host" where every choice is found bad.
+    """
+    names = [name for name in first_choices(machine.main_device.architecture, fast) if name in kernels]
+    able = [kernels[name] for name in names if not machine_reasons(kernels[name], machine)]
+    verdicts, _open = stored(able, machine, folder or home(Path(__file__).parents[1]))
+    for kernel in able:
+        verdict = verdicts.get(kernel.name)
+        if verdict is None and kernel.needs_proof:
+            print(f"{kernel.name} has not been tried here yet; `attune doctor` tries it.", file=sys.stderr)
+        if verdict is None or verdict.works:
+            return kernel.name
+    return "host"
 
 
 def env_line(kernel: str) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .verdict import Verdict
+from .packages import search_path
+from .verdict import Verdict, short
 
 try:
     import psutil
@@ -71,18 +72,32 @@ def how_ended(code: int) -> str:
     return f"ended that process with exit code {code}"
 
 
+def memory_now(memory: int) -> int:
+    """Bytes that a child may hold at this moment: `memory`, or less where little is free."""
+    return memory if psutil is None else min(memory, max(psutil.virtual_memory().available // 2, LEAST_MEMORY))
+
+
+def over(held: int, allowed: int, memory: int) -> str:
+    """Why a child that holds `held` bytes has to be ended, after what is at fault; "" where it has not.
+
+    "memory: …" where it took all that one may ever take (`memory`), "free memory: …" where little was free.
+    """
+    if held <= allowed:
+        return ""
+    what = f"took {held / 2**30:.1f} GiB of memory, over the limit of {allowed / 2**30:.1f}"
+    return f"memory: {what}" if allowed >= memory else f"free memory: {what}, as little was free"
+
+
 class Child:
     """One import under way. Its output is read all the time, and only the end is kept."""
 
     def __init__(self, package: str, folder: Path, hide: tuple[str, ...], limit: float):
-        from sys import path
-
         self.package, self.hide, self.started = package, hide, time.monotonic()
         self.result = folder / f"{package}.result"
         self.known: set[Any] = set()
         self.tail, self.ended_by = bytearray(), ""
         request = folder / f"{package}.json"
-        data = {"package": package, "path": path, "hide": hide, "result": str(self.result), "limit": limit + 5}
+        data = {"package": package, "path": search_path(), "hide": hide, "limit": limit + 5, "result": str(self.result)}
         request.write_text(json.dumps(data), "utf-8")
         # -B: nothing is written into the package's folders.
         command = [sys.executable, "-B", "-X", "faulthandler", "-X", "utf8", str(CHILD), str(request)]
@@ -132,9 +147,13 @@ class Child:
         raw = bytes(self.tail).decode("utf-8", "replace").strip()
         waited, code = said.pop("torch", None), self.process.returncode
         if "outcome" in said:
-            return Verdict.from_json({"raw": raw, **said, "hidden": self.hide})
-        if self.ended_by.startswith("memory"):
-            return Verdict("crashed", f"took {self.ended_by.removeprefix('memory: ')}", raw, hidden=self.hide)
+            found = Verdict.from_json({"raw": raw, **said, "hidden": self.hide})
+            if found.outcome != "works" and (short(found.raw) or short(found.detail)):
+                return Verdict("undecided", f"raised {found.detail.partition(chr(10))[0].rstrip('.')}", found.raw)
+            return found
+        why, _, what = self.ended_by.partition(": ")
+        if what:
+            return Verdict("crashed" if why == "memory" else "undecided", what, raw, hidden=self.hide)
         if self.ended_by and waited is not None and limit - waited > max(patience, waited):
             return Verdict("hung", f"did not end within {limit - waited:.0f} seconds", raw, hidden=self.hide)
         if self.ended_by:
@@ -158,8 +177,7 @@ def probe(
     A package that is still being imported then is "hung" if it had `patience` seconds and longer than torch took
     before it; else the machine is slow and it is "undecided". Leaves no process and no file behind.
     """
-    if psutil is not None:
-        memory = min(memory, max(psutil.virtual_memory().available // 2, LEAST_MEMORY))
+    allowed = memory_now(memory)
     verdicts: dict[str, Verdict] = {}
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="attune-", ignore_cleanup_errors=True) as folder:
@@ -172,8 +190,8 @@ def probe(
             deadline = time.monotonic() + limit
             while (running := [child for child in children if child.running()]) and time.monotonic() < deadline:
                 for child in running:
-                    if (held := child.memory()) > memory:
-                        child.end(f"memory: {held / 2**30:.1f} GiB of memory, over the limit of {memory / 2**30:.1f}")
+                    if why := over(child.memory(), allowed, memory):
+                        child.end(why)
                 time.sleep(0.05)
         finally:
             for child in children:

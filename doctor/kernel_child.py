@@ -73,7 +73,10 @@ def outlive_nobody(parent, leave=os._exit, sleep=time.sleep):
 
 
 def failure(error, torch, step):
-    """The outcome of an exception that the kernel raised when it was called."""
+    """The outcome of an exception that the kernel raised when it was called.
+
+    Whether its words tell of short memory or a full disk the starter judges, for these and for those of the import.
+    """
     said = {"detail": f"{words(error).partition(chr(10))[0]} ({step})", "raw": traceback.format_exc()[-4000:]}
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return {"outcome": "undecided", **said}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Only "works" lets a kernel be called. "undecided" says that the probe, not the kernel, was disturbed: it is not kept.
+# Only "works" lets a kernel be called. "undecided": the probe was disturbed or memory was short; it is not kept.
 OUTCOMES = (
     "works",
     "not installed",

@@ -38,6 +38,12 @@ WATCHED: dict[str, Watched] = {
     ),
     "xformers": Watched(("xformers",)),
 }
+# Packages of kernels that the host does not import, where more than the import name's own file belongs to them.
+_OTHERS = {
+    "flash_attn_interface": Watched(
+        ("flash-attn-3", "flashattn-hopper"), ("flash_attn_3", "flash_attn_3_cuda", "flash_attn_config")
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,19 @@ def _files(folder: str, depth: str = "") -> Iterator[tuple[str, int, int]]:
 def _beside(folder: str, names: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.partition(".")[0] in names and entry.is_file():
+            if entry.name in names and entry.is_dir():
+                yield from _files(entry.path, f"{entry.name}/")
+            elif entry.name.partition(".")[0] in names and entry.is_file():
                 stat = entry.stat()
                 yield entry.name, stat.st_size, stat.st_mtime_ns
 
 
 def find(name: str, metadata: list[str]) -> Installed | None:
-    """The watched package `name` as it is installed, or None. `metadata` is what metadata_names() gave."""
-    spec, watched = _spec(name), WATCHED[name]
+    """The package `name`, a top-level name, as it is installed, or None. `metadata` is what metadata_names() gave.
+
+    Of a package that nobody has described here the version is "".
+    """
+    spec, watched = _spec(name), WATCHED.get(name) or _OTHERS.get(name) or Watched(())
     if spec is None:
         return None
     locations = [str(place) for place in spec.submodule_search_locations or ()]
@@ -104,6 +115,8 @@ def find(name: str, metadata: list[str]) -> Installed | None:
         if not locations and spec.origin:
             stat = os.stat(spec.origin)
             files.append((spec.origin, stat.st_size, stat.st_mtime_ns))
+            if watched.beside:
+                files += sorted(_beside(str(Path(spec.origin).parent), watched.beside))
     except OSError as error:
         files.append((str(error), 0, 0))
     return Installed(name, _version(watched, metadata), digest([locations, files]))
@@ -118,12 +131,17 @@ def _version(watched: Watched, metadata: list[str]) -> str:
     return ""
 
 
-def metadata_names() -> list[str]:
-    """The names of all metadata folders (numpy-2.3.1.dist-info): what is installed, and in which version."""
+def search_path() -> list[str]:
+    """The search path of this process as `import` sees it: packs also append Paths there, which Python passes over."""
     from sys import path
 
+    return [entry for entry in path if isinstance(entry, str)]
+
+
+def metadata_names() -> list[str]:
+    """The names of all metadata folders (numpy-2.3.1.dist-info): what is installed, and in which version."""
     found = set()
-    for folder in dict.fromkeys(path):
+    for folder in dict.fromkeys(search_path()):
         try:
             with os.scandir(folder or ".") as entries:
                 found.update(entry.name for entry in entries if entry.name.endswith((".dist-info", ".egg-info")))

@@ -14,16 +14,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..attention.kernel import Kernel, machine_reasons
 from ..attention.machine import Device, Machine
-from .import_probe import LEAST_MEMORY, MEMORY, Child, alone, how_ended, psutil
+from .import_probe import MEMORY, Child, alone, how_ended, memory_now, over
 from .kernel_verdict import KernelVerdict
-from .packages import WATCHED, digest, environment, find, metadata_names
+from .packages import Installed, digest, environment, find, metadata_names, search_path
 from .store import Store
 from .trials import machine_as_json
+from .verdict import short
 
 CHILD = Path(__file__).with_name("kernel_child.py")
 LIMIT = 300.0  # seconds for one kernel: Triton and CuTe compile a kernel for every new shape
@@ -55,8 +57,8 @@ class _Trying(Child):
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
-    def why_end(self, limit: float, patience: float, memory: int) -> str:
-        """Why this child has to be ended now; "" while it may go on."""
+    def why_end(self, limit: float, patience: float, allowed: int, memory: int) -> str:
+        """Why this child has to be ended now; "" while it may go on. allowed, memory: as for over()."""
         now = time.monotonic()
         try:
             size = self.result.stat().st_size
@@ -64,8 +66,8 @@ class _Trying(Child):
             size = 0
         if size != self.size:
             self.moved, self.size = now, size
-        if (held := self.memory()) > memory:
-            return f"memory: took {held / 2**30:.1f} GiB of memory, over the limit of {memory / 2**30:.1f}"
+        if why := over(self.memory(), allowed, memory):
+            return why
         if now - self.moved > (patience if self.size else max(patience, START)):
             return f"time: did not come to an end within {now - self.moved:.0f} seconds"
         return f"time: was not done within {limit:.0f} seconds" if now - self.started > limit else ""
@@ -80,12 +82,15 @@ class _Trying(Child):
         step = said.pop("step", "")
         raw = bytes(self.tail).decode("utf-8", "replace").strip()
         if "outcome" in said:
-            return KernelVerdict.from_json({"raw": raw if said["outcome"] != "works" else "", **said})
+            found = KernelVerdict.from_json({"raw": raw if said["outcome"] != "works" else "", **said})
+            if found.outcome in ("cannot import", "unsupported") and (short(found.raw) or short(found.detail)):
+                return replace(found, outcome="undecided")
+            return found
         why, _, what = self.ended_by.partition(": ")
         code = self.process.returncode
         where = f", {step}" if step else ", before it was imported"
-        if why == "memory":
-            return KernelVerdict("crashed", what + where, raw)
+        if why.endswith("memory"):
+            return KernelVerdict("crashed" if why == "memory" else "undecided", what + where, raw)
         if why == "time":
             return KernelVerdict("hung" if step else "undecided", what + where, raw)
         if why or not step or (os.name != "nt" and code == -signal.SIGKILL):
@@ -124,11 +129,8 @@ def probe(
     says True (a prompt runs) no child tries that kernel, and one that does is ended, to begin anew later. What it
     raises ends the probe and its children.
     """
-    from sys import path
-
     device = device or machine.main_device
-    if psutil is not None:
-        memory = min(memory, max(psutil.virtual_memory().available // 2, LEAST_MEMORY))
+    allowed = memory_now(memory)
     at_once = at_once or max(1, min(3, (os.cpu_count() or 2) // 2))
     verdicts: dict[str, KernelVerdict] = {}
 
@@ -147,7 +149,7 @@ def probe(
         "machine": machine_as_json(machine),
         "device": device.name,
         "tensors": tensors or device.name,
-        "path": path,
+        "path": search_path(),
         "limit": limit + 30,
         "parent": os.getpid(),
     }
@@ -169,7 +171,7 @@ def probe(
                     continue
                 time.sleep(0.05)
                 for child in list(running):
-                    if why := child.why_end(limit, patience, memory):
+                    if why := child.why_end(limit, patience, allowed, memory):
                         child.end(why)
                     if not child.running():
                         child.end()  # What it started may still be there.
@@ -181,13 +183,23 @@ def probe(
     return verdicts
 
 
-def fingerprint(kernel: Kernel, machine: Machine, device: Device, around: str, metadata: list[str]) -> str:
+def fingerprint(
+    kernel: Kernel,
+    machine: Machine,
+    device: Device,
+    around: str,
+    metadata: list[str],
+    found: dict[str, Installed | None] | None = None,
+) -> str:
     """The key of a verdict: the GPU, driver, torch, everything installed, and the kernel's package with its files.
 
-    around, metadata: packages.environment() and packages.metadata_names(), which are the same for all kernels.
+    around, metadata: packages.environment() and packages.metadata_names(), which are the same for all kernels. found:
+    the packages that other kernels share, filled here. Of torch, a large one, the version has to do.
     """
-    package = kernel.package.partition(".")[0]
-    files = find(package, metadata) if package in WATCHED else None
+    package, found = kernel.package.partition(".")[0], {} if found is None else found
+    if package not in ("", "torch") and package not in found:
+        found[package] = find(package, metadata)
+    files = found.get(package)
     version = machine.packages.get(kernel.package), machine.fetched.get(kernel.name)
     gpu = (device.title, device.architecture.name, device.capability, device.gfx, device.memory)
     driver = machine.driver if device.type != "cpu" else ""
@@ -219,10 +231,11 @@ def stored(
     metadata = metadata_names()
     around, known = environment(metadata), store(folder).read()
     verdicts, open_ones = {}, {}
+    found: dict[str, Installed | None] = {}
     for kernel in kernels:
         verdict = without_trying(kernel, machine, device)
         if verdict is None:
-            key = fingerprint(kernel, machine, device, around, metadata)
+            key = fingerprint(kernel, machine, device, around, metadata, found)
             verdict = known.get(kernel.name, {}).get(key)
             if verdict is None:
                 open_ones[kernel.name] = key

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from ..attention.builds import Build
-from ..attention.kernel import Kernel
+from ..attention.kernel import Kernel, machine_reasons
 from ..attention.link import HostLink
 from ..attention.machine import Machine
+from ..attention.plan import HOST, expand
 from ..attention.policy import KERNEL_NAMES, Policy, Rule
 from ..attention.router import Router
 from ..attention.session import CURRENT, set_default_router
 from ..doctor.env_file import VARIABLE
+from ..kernels import KERNELS
 from . import trampoline
 
 log = logging.getLogger("attune")
@@ -132,6 +134,30 @@ def _package(machine: Machine, name: str) -> str:
     return f"{name} {version}".strip() + (f" ({told})" if told else "")
 
 
+def _selected(machine: Machine, name: str | None) -> str:
+    """The kernel that `name` comes to by the machine's description alone, and why; nothing is run to find it."""
+    own = f"ComfyUI's own, {machine.host_attention or 'unknown'}"
+    if machine.host_flag:
+        own += f" by {machine.host_flag}"
+    if name is None:
+        return f"{HOST} ({own}; nodes and {VARIABLE} can name another)"
+    kernels = {kernel.name: kernel for kernel in KERNELS}
+    wished = expand(name, machine)
+    why = ""
+    for one in wished:
+        # Those that exist only inside ComfyUI are made later and run on every machine.
+        if one in kernels and (reasons := machine_reasons(kernels[one], machine)):
+            why = "; ".join(reasons) if wished == (name,) else "none of its kernels can, `attune kernels` says why"
+        elif one == HOST:
+            return f"{HOST} ({VARIABLE}={name}: {own})"
+        elif wished == (name,):
+            return f"{name} ({VARIABLE}; where it cannot run: {own})"
+        else:
+            first = "its first choice that this machine can run; the doctor's verdicts may still change it"
+            return f"{one} ({VARIABLE}={name}: {first}; where none can run: {own})"
+    return f"{HOST} ({own}; {VARIABLE}={name} cannot run here: {why})"
+
+
 def summary(machine: Machine, name: str | None) -> list[str]:
     """The lines of the start-up block: the machine, and what computes attention where no node says otherwise."""
     lines = ["GPU Configuration Summary"]
@@ -143,11 +169,5 @@ def summary(machine: Machine, name: str | None) -> list[str]:
     lines.append(f"  {', '.join(parts)}, Python {machine.python}, {machine.system}")
     packages = [_package(machine, package) for package in machine.packages if package != "triton"]
     lines.append(f"  attention packages: {', '.join(packages) or 'none'}")
-    own = f"ComfyUI's own, {machine.host_attention or 'unknown'}"
-    if machine.host_flag:
-        own += f" by {machine.host_flag}"
-    if name is None:
-        lines.append(f"  Selected Mechanism: host ({own}; nodes and {VARIABLE} can name another)")
-    else:
-        lines.append(f"  Selected Mechanism: {name} ({VARIABLE}; where it cannot run: {own})")
+    lines.append(f"  Selected Mechanism: {_selected(machine, name)}")
     return lines

@@ -10,7 +10,9 @@ import torch
 
 from comfyui_attune.attention.machine import CPU, Architecture, Device, Machine
 from comfyui_attune.attention.policy import Policy, Rule
+from comfyui_attune.doctor import probe
 from comfyui_attune.doctor.env_file import best_kernel, env_line, write_line
+from comfyui_attune.doctor.kernel_verdict import KernelVerdict
 from comfyui_attune.kernels import KERNELS
 from support.loading import ROOT
 from support.prompts import latent, node, selector, two_stage
@@ -138,7 +140,38 @@ def test_the_start_up_block_ends_with_the_selected_mechanism(comfy):
     assert "cuda:0: NVIDIA GeForce RTX 5090 (Blackwell (consumer), sm_120), 32.0 GiB" in lines[1]
     assert "sageattention 2.2.0" in "\n".join(lines)
     assert lines[-1].strip().startswith("Selected Mechanism: host (ComfyUI's own, pytorch")
-    assert summary(machine, "sage")[-1].strip().startswith("Selected Mechanism: sage (COMFYUI_ATTENTION_MECHANISM")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sage", "sage2_fp8_cuda_pp (COMFYUI_ATTENTION_MECHANISM=sage: its first choice that this machine can run; "),
+        (
+            "flash",
+            "host (ComfyUI's own, pytorch; COMFYUI_ATTENTION_MECHANISM=flash cannot run here: none of its kernels",
+        ),
+        ("auto", "sdpa (COMFYUI_ATTENTION_MECHANISM=auto: its first choice that this machine can run; the doctor's "),
+        ("auto_fast", "sage2_fp8_cuda_pp (COMFYUI_ATTENTION_MECHANISM=auto_fast: its first choice that"),
+        (
+            "flash2",
+            "host (ComfyUI's own, pytorch; COMFYUI_ATTENTION_MECHANISM=flash2 cannot run here: package flash_attn",
+        ),
+        ("split", "split (COMFYUI_ATTENTION_MECHANISM; where it cannot run: ComfyUI's own, pytorch)"),
+        ("basic", "basic (COMFYUI_ATTENTION_MECHANISM; where it cannot run: ComfyUI's own, pytorch)"),
+        ("host", "host (COMFYUI_ATTENTION_MECHANISM=host: ComfyUI's own, pytorch)"),
+    ],
+)
+def test_the_start_up_block_names_the_kernel_that_the_environment_comes_to(comfy, name, said):
+    from comfyui_attune.host.default import summary
+
+    gpu = Device("cuda:0", "NVIDIA GeForce RTX 5090", Architecture.BLACKWELL_CONSUMER, (12, 0), 32 * 2**30)
+    machine = Machine(devices=(gpu, CPU), torch="2.9.0", cuda="12.8", triton="3.5.0", host_attention="pytorch",
+                      packages={"sageattention": "2.2.0"})  # fmt: skip
+    line = summary(machine, name)[-1]
+    assert line.startswith(f"  Selected Mechanism: {said}") and "\n" not in line
+    flagged = Machine(devices=(gpu, CPU), host_attention="sage", host_flag="--use-sage-attention")
+    own = "ComfyUI's own, sage by --use-sage-attention"
+    assert summary(flagged, "auto")[-1].endswith(f": host (COMFYUI_ATTENTION_MECHANISM=auto: {own})")
 
 
 def test_in_a_real_server_text_encoder_vae_and_model_use_it_and_a_node_still_wins(make_server, server):
@@ -204,10 +237,32 @@ def test_a_file_that_is_no_text_is_left_as_it_is(tmp_path):
     assert file.read_bytes() == b"\xff\xfe\x00"
 
 
+def test_the_best_kernel_is_none_that_the_doctor_found_bad(tmp_path, capsys):
+    hopper = Device("cuda:0", "NVIDIA H200", Architecture.HOPPER, (9, 0))
+    packages = {"flash_attn_interface": "3.0.0", "sageattention": "2.2.0"}
+    machine = Machine((hopper, CPU), cuda="13.0", torch="2.11.0", triton="3.6.0", packages=packages)
+
+    def best(fast=False, **outcomes):
+        kernels = [BY_NAME[name] for name in outcomes]
+        keys = probe.stored(kernels, machine, tmp_path / "empty")[1]
+        kept = {name: {keys[name]: KernelVerdict(outcome)} for name, outcome in outcomes.items()}
+        probe.store(tmp_path).update(lambda state: state.update(kept))
+        return best_kernel(BY_NAME, machine, fast, tmp_path)
+
+    assert best() == "flash3"
+    assert "flash3 has not been tried here yet" in capsys.readouterr().err
+    assert best(flash3="works") == "flash3" and capsys.readouterr().err == ""
+    assert best(flash3="crashed") == "sdpa_cudnn"
+    assert best(fast=True, sage2_fp8_cuda="wrong numbers", flash3="works") == "flash3"
+    assert best(flash3="hung", sdpa_cudnn="unsupported") == "sdpa"
+    assert best(sdpa="crashed") == "host"
+
+
 def test_the_best_kernel_is_the_first_that_nothing_forbids():
     hopper = Device("cuda:0", "NVIDIA H200", Architecture.HOPPER, (9, 0))
     machine = Machine(devices=(hopper, CPU), cuda="13.0", torch="2.11.0")
     assert best_kernel(BY_NAME, machine, fast=False) == "sdpa_cudnn"
     with_flash = Machine(devices=(hopper, CPU), cuda="13.0", torch="2.11.0", packages={"flash_attn_interface": ""})
     assert best_kernel(BY_NAME, with_flash, fast=False) == "flash3"
+    assert best_kernel(BY_NAME, Machine(), fast=True) == "sdpa"
     assert env_line("flash3") == "export COMFYUI_ATTENTION_MECHANISM=flash3"

@@ -415,7 +415,7 @@ def test_the_start_up_block_shows_the_driver_free_memory_and_builds(comfy):
         "  attention packages: xformers 0.0.32.post2 (CUDA 12.8, PyTorch 2.8.0+cu128), "
         "sageattention 2.2.0+cu128torch2.8.0 (_qattn_sm80, _qattn_sm89), flash_attn 2.8.3"
     )
-    assert lines[5].startswith("  Selected Mechanism: sage (") and len(lines) == 6
+    assert lines[5].startswith("  Selected Mechanism: host (ComfyUI's own, pytorch; ") and len(lines) == 6
 
 
 def test_the_report_as_data_has_the_driver_the_memory_and_the_builds(tmp_path):

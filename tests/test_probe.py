@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,9 +19,11 @@ import standins
 import torch
 
 from comfyui_attune.attention.machine import CPU, Architecture, Device, Machine, nvidia_architecture
+from comfyui_attune.doctor import import_probe
 from comfyui_attune.doctor import probe as probing
 from comfyui_attune.doctor.kernel_verdict import KernelVerdict
 from comfyui_attune.doctor.trials import judge, machine_as_json, machine_from_json, prepare, trials
+from comfyui_attune.doctor.verdict import short
 from comfyui_attune.kernels import KERNELS
 from support.loading import ROOT
 
@@ -119,6 +122,7 @@ AT_IMPORT = {
     "flash_attn_interface": 'raise ImportError("flash_attn_3.so: undefined symbol: _ZN3c105ErrorC2E")',
     "xformers.ops.fmha": "sys.exit(-1)",
 }
+AMPLE = Device("cuda:0", "a pretended B200", Architecture.BLACKWELL_DATACENTER, (10, 0), 180 << 30)
 HOPPER = Device("cuda:0", "a pretended H100", Architecture.HOPPER, (9, 0), 80 << 30)
 
 
@@ -264,6 +268,76 @@ def test_exceptions_keep_their_words(refusals, name, outcome, detail):
     assert verdict.outcome == outcome, verdict
     assert detail in verdict.detail
     assert "Traceback" in verdict.raw or outcome == "wrong numbers"
+
+
+SHORT = {
+    "sageattention": """
+        def sageattn_qk_int8_pv_fp16_triton(q, k, v, **others):
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError as error:
+                raise ImportError("the compiled kernel could not be loaded") from error
+
+        def sageattn_qk_int8_pv_fp16_cuda(q, k, v, **others):
+            raise RuntimeError("CUDA error: out of memory\\nCUDA kernel errors might be reported asynchronously")
+
+        def sageattn_qk_int8_pv_fp8_cuda(q, k, v, **others):
+            raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")  # for good
+    """,
+    "flash_attn": 'raise OSError(28, "Auf dem Datentr\u00e4ger ist kein Platz")',
+    "flash_attn_interface": 'raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")',
+    "xformers.ops.fmha": 'raise ImportError("libgomp.so.1: cannot allocate memory in static TLS block")',
+}
+
+
+def test_short_memory_and_a_full_disk_decide_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(write(tmp_path, SHORT)))
+    names = ("flash2", "xformers", "flash3", "sage2_fp16_triton", "sage2_fp16_cuda", "sage2_fp8_cuda")
+    found = probing.probe(chosen(*names), EVERYTHING, ROOT, tensors="cpu")
+    assert {name: verdict.outcome for name, verdict in found.items()} == {
+        "flash2": "undecided",
+        "flash3": "undecided",
+        "sage2_fp16_triton": "undecided",
+        "sage2_fp16_cuda": "undecided",
+        "sage2_fp8_cuda": "unsupported",
+        "xformers": "cannot import",
+    }
+    assert "CUBLAS_STATUS_ALLOC_FAILED" in found["flash3"].detail
+
+
+@pytest.mark.parametrize(
+    ("said", "is_short"),
+    [
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes", True),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("RuntimeError: Triton Error [CUDA]: out of memory", True),
+        ("OSError: [WinError 1455] Die Auslagerungsdatei ist zu klein", True),
+        ("MemoryError", True),
+        ("RuntimeError: CUDA error: no kernel image is available for execution on the device", False),
+        ('  File "x.py", line 3, in run\n    raise ValueError("out of memory")\nValueError: no', False),
+        ("OSError: [WinError 126] The specified module could not be found", False),
+    ],
+)
+def test_the_words_that_tell_of_short_memory(said, is_short):
+    assert short(said) is is_short
+
+
+def test_little_free_memory_is_no_fault_of_the_kernel(tmp_path, monkeypatch):
+    """The limit in force is below the full one, because others hold the memory."""
+    monkeypatch.syspath_prepend(str(write(tmp_path, {"xformers.ops.fmha": PACKAGES["xformers.ops.fmha"]})))
+    monkeypatch.setattr(import_probe, "LEAST_MEMORY", 1500 << 20)
+    monkeypatch.setattr(import_probe.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 30))
+    verdict = probing.probe(chosen("xformers"), EVERYTHING, ROOT, tensors="cpu")["xformers"]
+    assert (verdict.outcome, verdict.lasting) == ("undecided", False), verdict
+    assert "over the limit of 1.5, as little was free, in call 1" in verdict.detail
+
+
+def test_what_import_passes_over_on_the_search_path_is_no_obstacle(monkeypatch):
+    """A pack appended a Path: Python ignores it, and JSON does not know it."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere"), b"/nowhere", ["not even hashable"]])
+    assert probing.probe(chosen("split"), Machine(), ROOT)["split"].works
+    assert probing.stored(chosen("split"), Machine(), ROOT)[1]
 
 
 def test_stand_ins_on_a_pretended_gpu_work(monkeypatch):
@@ -428,6 +502,31 @@ def test_nothing_is_tried_twice_until_something_changes(counted, tmp_path):
     probing.examine(kernels, other, ROOT, tmp_path)
     probing.examine(kernels, newer, ROOT, tmp_path, again=True)
     assert counted.asked[2:] == [["sdpa", "split", "flash4"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "package", "file"),
+    [
+        ("flash3", "flash_attn_interface", "flash_attn_interface.py"),
+        ("flash3", "flash_attn_interface", "flash_attn_3/_C.abi3.so"),
+        ("flash4", "flash_attn.cute", "flash_attn/cute/interface.py"),
+        ("kitchen_int8", "comfy_kitchen", "comfy_kitchen/backends/cuda/_C.abi3.so"),
+    ],
+)
+def test_a_package_that_was_built_anew_is_tried_anew(counted, tmp_path, monkeypatch, kernel, package, file):
+    """The same version, another file."""
+    site, home = tmp_path / "site", tmp_path / "home"
+    for name in ("flash_attn_interface.py", "flash_attn/__init__.py", "comfy_kitchen/__init__.py", file):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("built = 1\n", "utf-8")
+    monkeypatch.syspath_prepend(str(site))
+    device = HOPPER if kernel == "flash3" else AMPLE
+    machine = pretended(device, **{package: "4.0.0b36" if "cute" in package else "3.0.0"})
+    for _ in range(2):
+        probing.examine(chosen("sdpa", kernel), machine, ROOT, home)
+    (site / file).write_text("built = 'again'\n", "utf-8")
+    probing.examine(chosen("sdpa", kernel), machine, ROOT, home)
+    assert counted.asked == [["sdpa", kernel], [kernel]]
 
 
 def test_an_undecided_verdict_is_not_kept(counted, tmp_path):

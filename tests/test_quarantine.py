@@ -156,6 +156,32 @@ def test_a_package_that_takes_all_memory_is_stopped(place):
     assert "over the limit of 0.3" in verdict.detail
 
 
+def test_a_package_that_takes_memory_while_little_is_free_is_hidden_for_this_start_only(place, state, monkeypatch):
+    make(place, "xformers", "memory")
+    monkeypatch.setattr(import_probe, "LEAST_MEMORY", 300 << 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=500 << 20))
+    (finding,) = quarantine.examine(state)
+    assert finding.hidden and state.read().verdicts == {}
+    assert "over the limit of 0.3, as little was free; it is tried again at the next start" in finding.reason
+
+
+def test_a_package_that_finds_no_memory_or_no_disk_is_hidden_for_this_start_only(place, state):
+    make(place, "xformers", "fine")
+    (place / "xformers" / "__init__.py").write_text("raise OSError(28, 'No space left on device')\n")
+    make(place, "flash_attn", "fine")
+    (place / "flash_attn" / "__init__.py").write_text("raise MemoryError\n")
+    findings = quarantine.examine(state)
+    assert [finding.hidden for finding in findings] == [True, True] and state.read().verdicts == {}
+    assert "raised OSError: [Errno 28] No space left on device; it is tried again" in findings[1].reason
+
+
+def test_a_path_on_the_search_path_is_passed_over_as_import_does(place, state, monkeypatch):
+    make(place, "sageattention", "fine")
+    monkeypatch.setattr(sys, "path", [*sys.path, place / "elsewhere", b"/elsewhere"])
+    assert [finding.hidden for finding in quarantine.examine(state)] == [False]
+    assert [verdict.outcome for verdict in state.read().verdicts["sageattention"].values()] == ["works"]
+
+
 def test_what_an_import_changes_for_everybody_is_noted(place):
     make(place, "sageattention", "search path")
     make(place, "flash_attn", "patches torch")
