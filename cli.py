@@ -17,6 +17,8 @@ from .doctor.doctor_command import add_doctor
 from .doctor.get_command import add_get
 from .doctor.hub import announce
 from .doctor.store import home
+from .measure.bench_command import Ask, add_bench
+from .measure.compare_command import add_compare
 from .measure.report_command import add_report
 
 
@@ -47,6 +49,24 @@ def _all_kernels() -> tuple[Any, ...]:
     from .kernels import KERNELS
 
     return KERNELS
+
+
+def _why_not_run(ask: Ask) -> dict[str, str]:
+    """Why each kernel must not be run in this process, "" where the doctor found that it works."""
+    from .doctor.probe import examine
+
+    pack = Path(__file__).parent
+    folder = ask.home.absolute() if ask.home else home(pack)
+
+    def told(name: str, verdict: Any) -> None:
+        if not verdict.reasons:
+            print(f"tried in a child process: {name}: {verdict.outcome}", file=sys.stderr)
+
+    verdicts = examine(ask.kernels, ask.machine, pack, folder, ask.device, told=told)
+    return {
+        name: "" if verdict.works else "; ".join(verdict.reasons) or f"{verdict.outcome}: {verdict.detail}"
+        for name, verdict in verdicts.items()
+    }
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -85,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_cache(commands, Path(__file__).parent)
     add_get(commands, Path(__file__).parent)
     add_quarantine(commands, Path(__file__).parent)
+    add_bench(commands, _all_kernels, _why_not_run)
+    add_compare(commands)
     add_report(commands, lambda state: (state or home(Path(__file__).parent)) / "runs")
     options = parser.parse_args(arguments)
     announce(home(Path(__file__).parent))

@@ -22,6 +22,8 @@ from attune_devtools import CACHE, chrome, comfyui  # noqa: E402
 from support.server import Server  # noqa: E402
 
 pytest_plugins = ["support.gpu_log"]
+# Everything here is small, and on a busy machine threads wait for each other. Servers and children take it over.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 IN_CI = bool(os.environ.get("CI"))
 NEEDS_COMFYUI = {"comfyui_folder", "models", "server", "make_server", "comfy", "browser", "page", "open_page"}
 NEEDS_BROWSER = {"browser", "page", "open_page"}
@@ -106,7 +108,7 @@ def make_server(comfyui_folder, models, tmp_path_factory):
             models,
             ("--cpu", *flags),
             packs,
-            {"ATTUNE_HOME": str(home), "OMP_NUM_THREADS": "1", **(env or {})},
+            {"ATTUNE_HOME": str(home), **(env or {})},
         )
         started.append(server)
         server.start()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from attune_devtools import demo, host, report, say
+from attune_devtools import broken, demo, host, report, say
 from attune_devtools.shrink import shrink
 from support.dev import dev
 from support.loading import ROOT
@@ -133,6 +133,42 @@ def test_a_demo_without_records_of_the_pack_fails(comfyui_folder, models, tmp_pa
     try:
         server.start()
         with pytest.raises(say.Stop, match=r"GET /attune/runs answered 404: the pack did not load"):
-            demo._runs(server, "any")
+            demo.runs_of(server, "any")
     finally:
         server.stop()
+
+
+# With a kernel that breaks
+
+
+@pytest.mark.parametrize(
+    ("apart", "calls", "wrong"),
+    [
+        (3.0, {"sage2_fp8_cuda": 8, "host": 8}, None),
+        (60.0, {"sage2_fp8_cuda": 8, "host": 8}, "is not clean"),
+        (3.0, {"host": 16}, "did not compute a single call"),
+    ],
+)
+def test_a_demo_with_a_broken_kernel_is_held_against_a_run_without(monkeypatch, tmp_path, capsys, apart, calls, wrong):
+    environments, kernels = [], []
+
+    def once(_venv, _ui, _base, host, _on_cpu, kernel):
+        kernels.append(kernel)
+        environments.append(host)
+        return tmp_path / f"{kernel}.mp4", {"host": 16} if kernel == "host" else calls
+
+    monkeypatch.setattr(broken, "_once", once)
+    monkeypatch.setattr(broken, "_report", lambda *_: "demotion of sage2_fp8_cuda")
+    monkeypatch.setattr(broken, "script", lambda *_: f'{{"frames": 5, "difference": {apart}}}')
+    arguments = ("nan", None, {}, tmp_path, lambda env: env, True)
+    if wrong:
+        with pytest.raises(say.Stop, match=wrong):
+            broken.broken_demo(*arguments)
+        assert "demo: ok" not in capsys.readouterr().out
+        return
+    assert broken.broken_demo(*arguments) == 0
+    said = capsys.readouterr().out
+    assert "demotion of sage2_fp8_cuda" in said and said.endswith("demo: ok\n")
+    assert kernels == ["host", "sage2_fp8_cuda"]
+    assert "ATTUNE_STANDIN_FAULT" not in environments[0]
+    assert environments[1]["ATTUNE_STANDIN_FAULT"] == "sage2_fp8_cuda:nan:from=8"  # half of 16 calls

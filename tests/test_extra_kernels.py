@@ -95,7 +95,7 @@ def test_of_several_files_the_last_one_wins_and_a_broken_one_between_is_left_out
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("def (", "SyntaxError"),
-        ("from ..host import comfyui", "ModuleNotFoundError"),
+        ("from ..nowhere import anything", "ModuleNotFoundError"),
         ("", "wanted a tuple of kernels called KERNELS, {path} has none"),
         ("KERNELS = sdpa", "wanted a tuple of kernels called KERNELS, {path} has a Kernel there"),
         ("KERNELS = (sdpa.load,)", "wanted a Kernel in KERNELS of {path}, found <function"),

@@ -246,7 +246,7 @@ def test_every_sampler_with_every_scheduler_in_two_stages(begin, eye, kind):
 
 percents = st.one_of(st.integers(0, 100), st.sampled_from([25, 50, 75, 20, 40, 60, 80]), st.floats(0, 100)).map(float)
 ranges = st.tuples(percents, percents).filter(lambda pair: pair[0] != pair[1]).map(sorted)
-slow = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+slow = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @slow
