@@ -146,7 +146,10 @@ def _look_for_culprit(router: Router, checked: Forward, run: Callable[[], Any]) 
 
 
 def _say_not_repeated(session: Session, reason: str, error: Exception) -> None:
-    text = f"a forward should have been repeated ({reason}), and that failed: {type(error).__name__}: {error}"
+    text = (
+        f"a forward should have been repeated ({reason}), and that failed: {type(error).__name__}: {error}. Its first "
+        "result was kept. If the picture is broken, choose another kernel, or a smaller size if memory ran out"
+    )
     session.record.event("fallback", text, reason=reason)
     if session.record.note(text):
         log.warning("Attention: %s", text)

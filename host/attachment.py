@@ -81,7 +81,8 @@ class Attachment:
     def _prepare(self, record: Record, sigmas: Any) -> None:
         """Tell the record what is known before the run: its noise levels, the model's blocks, what is to be timed."""
         try:
-            record.sigmas = [float(sigma) for sigma in sigmas]
+            # They may be on the GPU: all at once, not one by one.
+            record.sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else [float(one) for one in sigmas]
         except (TypeError, ValueError):  # another pack's idea of sigmas
             record.sigmas = []
         record.blocks, record.doubles = self.router.blocks, self.router.doubles
@@ -143,9 +144,9 @@ class Attachment:
             kwargs["transformer_options"] = options
         elif len(args) > 3:
             args = (*args[:3], options, *args[4:])
-        active = router.policy.without_percent
+        active, sigma = router.policy.without_percent, t.max()
         if router.policy.depends_on_percent:
-            active = self._in_force(executor.class_obj, t, session)
+            active = self._in_force(executor.class_obj, sigma, session)
         bare = options.get(OVERRIDE) is router
         if session is router.idle_session:  # outside any run nothing can be repeated: each call is judged at once
             outer = CURRENT.get()
@@ -159,7 +160,7 @@ class Attachment:
 
         # EasyCache's own state: under torch.compile it stands inside this wrapper.
         cache = getattr(options.get("easycache"), "__dict__", None)
-        return healed(router, session, active, bare, forward, Snapshot(args, kwargs, cache), t.max())
+        return healed(router, session, active, bare, forward, Snapshot(args, kwargs, cache), sigma)
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the network itself, where `_stand_inside` put it and the model runs it: what `apply_model` does else.
@@ -208,8 +209,8 @@ class Attachment:
         except Exception:
             log.exception("What failed in this run could not be kept for later ones")
 
-    def _in_force(self, model: Any, t: torch.Tensor, session: Session) -> frozenset[int]:
-        """The rules in force at the noise level `t`. Reads one number from the device, once per forward."""
+    def _in_force(self, model: Any, sigma: torch.Tensor, session: Session) -> frozenset[int]:
+        """The rules in force at this noise level. Reads one number from the device, once per forward."""
         policy, levels = self.router.policy, session.levels
 
         def level(percent: float) -> float:
@@ -218,7 +219,7 @@ class Attachment:
             return levels[percent]
 
         try:
-            return policy.at_sigma(float(t.max()), level)
+            return policy.at_sigma(float(sigma), level)
         except (AttributeError, TypeError, ValueError) as error:
             session.record.note(f"this model does not tell how far sampling is ({error}): rules by percent do nothing")
             return policy.without_percent

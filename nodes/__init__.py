@@ -113,10 +113,7 @@ def _kernel_rows() -> list[dict[str, Any]]:
 class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
-            add_routes(
-                lambda: kernel_rows(kernels(), machine(), {} if switched_off() else verdicts().outcomes()),
-                default_account,
-            )
+            add_routes(_kernel_rows, default_account)
             if not switched_off():
                 watch_prompts()
             await _register_replacements()

@@ -282,7 +282,7 @@ def test_a_repeat_that_fails_leaves_the_run_with_what_there_was():
     assert torch.isfinite(out).all() and state == []
     assert session.record.observed() == {"sage1": 8} and session.record.repeated == 0
     assert [kind for kind, _, _ in happened(session)].count("fallback") == 1
-    assert "OutOfMemoryError: CUDA out of memory" in session.record.notes[-1]
+    assert "OutOfMemoryError: CUDA out of memory. Its first result was kept" in session.record.notes[-1]
 
 
 @pytest.mark.parametrize("passes", [1, 3])
