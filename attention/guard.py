@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("attune")
 ROWS = 128  # queries that a sample compares
 _SAMPLE_BYTES = 64 * 2**20  # what a sample may allocate for the scores of several heads at once
-_EVERY = 4  # forwards in which one call is compared, once every route was
+_EVERY = 8  # forwards in which one call is compared, once every route was
 NOT_FINITE = "gave NaN or infinity"
 
 
@@ -134,7 +134,7 @@ def figures(sums: Sequence[float]) -> tuple[float, float]:
 
 
 class Sampler:
-    """Compares calls of a run with float32: the first of each route, then a random one in every fourth forward."""
+    """Compares calls of a run with float32: the first of each route, then a random one in every eighth forward."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)  # its own: a run's seed must give the same picture with and without it
