@@ -11,6 +11,7 @@ import torch
 
 _MOST = 20_000  # calls that are timed in a run: a pair of events each, some 10 MB in all
 
+TIMED_DEVICES = frozenset({"cpu", "cuda"})
 Mark = tuple[torch.device, Any]
 
 
@@ -33,7 +34,7 @@ class Clock:
     def __init__(self, most: int = _MOST) -> None:
         self.untimed = 0
         self._most = most
-        self._pairs: list[tuple[str, torch.device, Any, Any]] = []
+        self._pairs: list[tuple[str, Any, Any]] = []
         self._timings: dict[str, Timing] = {}
         self._lock = threading.Lock()
 
@@ -41,10 +42,8 @@ class Clock:
         """A call begins on `device`. None: it is not timed."""
         if len(self._pairs) < self._most:
             try:
-                if device.type == "cpu":
-                    return device, time.perf_counter()
-                if device.type == "cuda":
-                    return device, _event(device)
+                if device.type in TIMED_DEVICES:
+                    return device, now(device)
             except RuntimeError:  # the device is in a state that takes no events: a graph is being captured, or worse
                 pass
         return None
@@ -54,11 +53,11 @@ class Clock:
         if mark is not None:
             device, begin = mark
             try:
-                end = time.perf_counter() if device.type == "cpu" else _event(device)
+                end = now(device)
             except RuntimeError:
                 pass
             else:
-                self._pairs.append((kernel, device, begin, end))
+                self._pairs.append((kernel, begin, end))
                 return
         with self._lock:
             self.untimed += 1
@@ -67,13 +66,9 @@ class Clock:
         """Seconds per kernel name. Waits for the device; never raises, and may be asked again."""
         with self._lock:
             pairs, self._pairs = self._pairs, []
-            for kernel, device, begin, end in pairs:
+            for kernel, begin, end in pairs:
                 try:
-                    if device.type == "cpu":
-                        seconds = end - begin
-                    else:
-                        end.synchronize()
-                        seconds = begin.elapsed_time(end) / 1000
+                    seconds = seconds_between(begin, end)
                 except Exception:  # a device that is lost tells nothing more
                     self.untimed += 1
                     continue
@@ -83,7 +78,18 @@ class Clock:
             return self._timings
 
 
-def _event(device: torch.device) -> torch.cuda.Event:
+def now(device: torch.device) -> Any:
+    """A moment in the work of the device, one of TIMED_DEVICES: for `seconds_between`."""
+    if device.type == "cpu":
+        return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds between two moments of one device. Waits until it has passed the second."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000

@@ -15,6 +15,7 @@ from .policy import Rule
 from .router import Router
 from .routing import blame
 from .session import Forward, Session
+from .tuner import Turn
 
 log = logging.getLogger("attune")
 _RIDDLES = 2  # forwards with NaN and no culprit, after which every kernel that took part has to go
@@ -74,13 +75,17 @@ def healed(
     """
     record = session.record
 
-    def forward(guard: Watch | Check, rules: tuple[Rule, ...] | None = None) -> Forward:
-        return Forward(router, session, active, takes_bare_calls, guard=guard, rules=rules, sigma=sigma, held=True)
+    def forward(guard: Watch | Check, rules: tuple[Rule, ...] | None = None, turn: Turn | None = None) -> Forward:
+        return Forward(
+            router, session, active, takes_bare_calls, guard=guard, rules=rules, sigma=sigma, held=True, turn=turn
+        )
 
-    watch = Watch(session.sampler)
-    with forward(watch) as first:
+    watch, turn = Watch(session.sampler), session.tuner.turn()
+    with forward(watch, turn=turn) as first:
         out = run()
         health = watch.read(out)
+    if turn is not None and session.tuner.end(turn, health.good):
+        session.plan_anew()
     for sample in health.samples:
         record.sampled(sample.route.name, sample.l1, sample.l2, sample.route.call.block if sample.route.call else None)
     if health.good or session.beyond_help:

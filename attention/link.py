@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .timings import Timings
+
 HostFunction = Callable[..., torch.Tensor]
 
 
@@ -26,7 +28,9 @@ class HostLink:
     `plain(func)` is the host's own function behind `func`, without anything of this pack around it. `interrupts` are
     exceptions that mean "stop". `free_memory()` empties caches; `free_bytes(device)` is what a kernel may still
     allocate on it, None where nobody knows. `refused(device)` gives the kernels that may not be called there now, each
-    with the reason: they have not been proved, or were found wanting.
+    with the reason: they have not been proved, or were found wanting. `timings` is what was measured for `auto` so
+    far, None where nothing is to be measured; `spare_bytes(device)` is what may be allocated there without raising the
+    peak of what this process has had, None where nobody knows.
     """
 
     plain: Callable[[HostFunction], HostFunction] = lambda func: func
@@ -34,3 +38,5 @@ class HostLink:
     free_memory: Callable[[], None] = lambda: None
     free_bytes: Callable[[str], int | None] = lambda device: None
     refused: Callable[[str], Mapping[str, str]] = lambda device: {}
+    timings: Timings | None = None
+    spare_bytes: Callable[[str], int | None] = lambda device: None

@@ -139,6 +139,7 @@ class Machine:
 
 # First choices per architecture: (exact, fast). Measured speeds and their sources: docs/kernels.md.
 # SageAttention's Triton path gives NaN on some Ampere cards and is never chosen on its own.
+_ON_CPU = ("sdpa", "sdpa_flash", "split", "sdpa_math", "sub_quad")
 _TABLE: dict[Architecture, tuple[tuple[str, ...], tuple[str, ...]]] = {
     Architecture.HOPPER: (
         ("flash3", "sdpa_cudnn", "flash2", "sdpa"),
@@ -159,6 +160,7 @@ _TABLE: dict[Architecture, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     Architecture.TURING: (("xformers", "sdpa"), ("kitchen_int8", "xformers", "sdpa")),
     Architecture.VOLTA: (("xformers", "sdpa"), ("xformers", "sdpa")),
+    Architecture.CPU: (_ON_CPU, _ON_CPU),
 }
 _ELSEWHERE: tuple[tuple[str, ...], tuple[str, ...]] = (("sdpa",), ("sdpa",))
 

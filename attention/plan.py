@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .call import AttentionCall
@@ -11,6 +11,7 @@ from .machine import Machine, first_choices
 from .policy import FAMILIES, Rule
 
 HOST = "host"
+AUTO = ("auto", "auto_fast")
 DENSE = "is lossy, and a later node asks for exact attention here"
 OWN_DENSE = "is lossy, and this node keeps these calls exact"
 # The host's own attention functions that are plain PyTorch, by the names of `Machine.host_attention` ("": no host), and
@@ -63,7 +64,7 @@ class RefusedError(RuntimeError):
 
 def expand(name: str, machine: Machine, device: str | None = None) -> tuple[str, ...]:
     """The kernels a name stands for, best first: `auto` by the architecture, a family by its members."""
-    if name in ("auto", "auto_fast"):
+    if name in AUTO:
         if machine.host_flag:  # an explicit launch flag is the user's word and beats an automatic choice
             return (HOST,)
         here = machine.device(device) if device else machine.main_device
@@ -99,7 +100,16 @@ def _reasons(
     return ()
 
 
-def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) -> Iterator[tuple[int, str, str, int]]:
+# (call, rule, wish, the kernels it stands for, those of them that can run the call) → the kernels in the order to take.
+Prefer = Callable[[AttentionCall, Rule, str, tuple[str, ...], Sequence[str]], tuple[str, ...]]
+
+
+def _candidates(
+    call: AttentionCall,
+    rules: Sequence[Rule],
+    machine: Machine,
+    order: Callable[[Rule, str, tuple[str, ...]], tuple[str, ...]],
+) -> Iterator[tuple[int, str, str, int]]:
     """(index of the rule or -1, wish, kernel name, index of the dense rule above or -1), in the order of asking.
 
     Matching rules, last first; below a dense rule only exact kernels count, and its own come after the others'.
@@ -114,7 +124,8 @@ def _candidates(call: AttentionCall, rules: Sequence[Rule], machine: Machine) ->
             continue
         for wish in rule.kernels:
             exact = wish == "auto_fast" and not rule.error_budget  # no error is allowed: exact kernels only
-            for name in expand("auto" if exact else wish, machine, call.device):
+            names = expand("auto" if exact else wish, machine, call.device)
+            for name in order(rule, wish, names) if wish in AUTO else names:
                 # Where `auto` ends, the dense rule's own kernels begin; and the host itself may be lossy.
                 if name != HOST or not dense or (wish == HOST and machine.host_attention in _EXACT_HOSTS):
                     yield index, wish, name, dense[0] if dense else -1
@@ -132,24 +143,32 @@ def make_plan(
     machine: Machine,
     unfit: Mapping[str, str] | None = None,
     free_bytes: int | None = None,
+    prefer: Prefer = lambda call, rule, wish, names, runnable: names,
 ) -> Plan:
     """Choose the kernel for `call` under the `rules` in force, the last matching rule first.
 
     `kernels` is what this pack knows, by name. `unfit` gives a reason for each kernel that may not be used for this
     call although it claims it (it raised, it was wrong, it is not proved yet), and perhaps for the host; `free_bytes`
-    is what may still be allocated. Raises RefusedError where a rule that may not fall through cannot be followed; a
-    rule that only a dense rule keeps from its kernels does not count as such. Pure: the same arguments give the same
-    plan.
+    is what may still be allocated; `prefer` puts the kernels of `auto` in order. Raises RefusedError where a rule that
+    may not fall through cannot be followed; a rule that only a dense rule keeps from its kernels does not count as
+    such. Pure, as far as `prefer` is: the same arguments give the same plan.
     """
+
+    def reasons_of(name: str) -> tuple[str, ...]:
+        return _reasons(name, kernels, machine, unfit or {}, call, None, free_bytes)
+
+    def order(rule: Rule, wish: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        return prefer(call, rule, wish, names, [name for name in names if not reasons_of(name)])
+
     decisions: list[Decision] = []
     of_rule: list[Decision] = []
     current, kept_exact = -1, False
-    for index, wish, name, dense in _candidates(call, rules, machine):
+    for index, wish, name, dense in _candidates(call, rules, machine, order):
         if index != current:
             if of_rule and not kept_exact and rules[current].on_refusal == "error":
                 raise RefusedError(of_rule, call)
             current, of_rule, kept_exact = index, [], False
-        reasons = _reasons(name, kernels, machine, unfit or {}, call, None, free_bytes)
+        reasons = reasons_of(name)
         if dense >= 0 and name in kernels and not kernels[name].exact:
             kept_exact = True
             reasons += (OWN_DENSE if rules[dense].source == rules[index].source else DENSE,)

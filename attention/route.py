@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .call import AttentionCall, Layout, Shape, input_view, output_view
 from .guard import Limit
 from .kernel import Kernel, Run
+from .plan import Decision
 from .record import Trail
+
+if TYPE_CHECKING:
+    from .tuner import Trial
 
 
 class Route:
     """A plan made ready to run: the loaded kernel and the views into and out of its layout.
 
     `run` None stands for the host's own attention; `trail` is how the plan came about. `guarded` says that outputs are
-    watched, `limit` how far they may be from float32 (None: exact, never compared).
+    watched, `limit` how far they may be from float32 (None: exact, never compared), `trial` that calls are timed.
     """
 
     __slots__ = (
@@ -37,6 +43,7 @@ class Route:
         "scale",
         "skips",
         "trail",
+        "trial",
         "v_shape",
         "v_swap",
     )
@@ -50,6 +57,7 @@ class Route:
         self.limit: Limit | None = None
         self.judged = 0  # calls that a Check has seen
         self.compared = False  # with float32, at least once
+        self.trial: Trial | None = None
         self.skips = (False, False)  # skip_reshape, skip_output_reshape of the host's call
         self.scale: float | None = None
         self.dtype: torch.dtype | None = None  # set where q, k, v differ: what to convert them to
@@ -65,19 +73,28 @@ class Route:
     def name(self) -> str:
         return self.trail[-1].kernel
 
-    def fit(self, call: AttentionCall, ndims: tuple[int, int, int], skip_reshape: bool, skip_output: bool) -> None:
-        """Settle the views for calls like `call`, whose q, k, v have `ndims` dimensions."""
+    def fit(self, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Settle the views for calls like `call`, which has these tensors. Needs `skips`."""
         assert self.kernel is not None
-        self.skips = (skip_reshape, skip_output)
+        skip_reshape, skip_output = self.skips
         layout = self.kernel.layout
-        q = (call.batch, call.q_len, call.heads, call.head_dim)
-        k = (call.batch, call.kv_len, call.kv_heads, call.head_dim)
-        v = (call.batch, call.kv_len, call.kv_heads, call.v_dim)
-        self.q_shape, self.q_swap = input_view(ndims[0], skip_reshape, q, layout)
-        self.k_shape, self.k_swap = input_view(ndims[1], skip_reshape, k, layout)
-        self.v_shape, self.v_swap = input_view(ndims[2], skip_reshape, v, layout)
+        queries = (call.batch, call.q_len, call.heads, call.head_dim)
+        keys = (call.batch, call.kv_len, call.kv_heads, call.head_dim)
+        self.q_shape, self.q_swap = input_view(q.ndim, skip_reshape, queries, layout)
+        self.k_shape, self.k_swap = input_view(k.ndim, skip_reshape, keys, layout)
+        self.v_shape, self.v_swap = input_view(v.ndim, skip_reshape, (*keys[:3], call.v_dim), layout)
         self.out_swap, self.out_shape = output_view(call, skip_output, layout)
         self.mask_shape = call.mask.shape if call.mask else None
+        if call.mixed_dtypes:
+            self.dtype, self.out_dtype = call.dtype, q.dtype
+
+    def beside(self, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Route:
+        """`kernel` for the calls of this route. Raises what loading it raises."""
+        assert self.call is not None
+        other = Route((Decision(kernel.name, self.trail[-1].requested, ""),), kernel, kernel.load())
+        other.call, other.scale, other.skips = self.call, self.scale, self.skips
+        other.fit(self.call, q, k, v)
+        return other
 
     def attend(
         self,

@@ -69,8 +69,7 @@ class Router:
         self.doubles = doubles
         self.blocks = blocks
         # For calls outside any run: rules by percent cannot hold, as nobody tells the noise level.
-        self.idle_session = Session(self)
-        self.idle_session.record.endless = True
+        self.idle_session = Session(self, endless=True)
         # Nobody could repeat anything later: such calls are judged on the spot, and with time in bulk.
         check = Check(self.idle_session.sampler, _BULK)
         self._idle = Forward(self, self.idle_session, policy.without_percent, guard=check)
@@ -154,6 +153,7 @@ class Router:
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         while route.run is not None:
             failure: Exception | Finding | None
+            timed = forward.turn.begin(route, q, k, v, mask) if route.trial and forward.turn else None
             try:
                 mark = forward.clock.start(q.device) if forward.clock else None
                 out = route.attend(q, k, v, mask)
@@ -164,6 +164,8 @@ class Router:
                     raise
                 failure = error.with_traceback(None)  # its frames hold the kernel's tensors
             else:
+                if timed:
+                    timed.end(q, k, v, mask, out)
                 failure = forward.guard.see(route, q, k, v, mask, out) if route.guarded and forward.guard else None
                 if failure is None:
                     forward.counts[route] += 1
@@ -173,6 +175,7 @@ class Router:
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
         token = CURRENT.set(BUSY)  # whatever the host calls inside is its own business
+        timed = forward.turn.begin(route, q, k, v, mask) if route.trial and forward.turn else None
         mark = forward.clock.start(q.device) if forward.clock else None
         try:
             out = self.link.plain(func)(
@@ -182,6 +185,8 @@ class Router:
             CURRENT.reset(token)
         if forward.clock:
             forward.clock.stop(mark, route.name)
+        if timed:
+            timed.end(q, k, v, mask, out)
         if route.guarded and forward.guard and (failure := forward.guard.see(route, q, k, v, mask, out)):
             demote(self, forward, key, route, failure)
             if new_route(self, forward, key, q, k, v, mask, transformer_options).run is not None:

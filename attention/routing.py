@@ -54,6 +54,8 @@ def demote(router: Router, forward: Forward, key: tuple[Any, ...], route: Route,
         reason = f"raised {kind}: {text}"
     forward.session.demote(_without_block(key), name, reason)
     call = route.call
+    if call is not None:
+        forward.session.tuner.failed(call, name, reason)
     forward.session.record.event(
         "demotion",
         f"{name} {reason}",
@@ -127,16 +129,15 @@ def new_route(
         route = _ready(router, forward, key, call, rules)
         route.call = call
         route.scale = scale
+        route.skips = (skip_reshape, skip_output)
+        route.trial = forward.session.tuner.trial(call, route.trail[-1].requested, route.name)
         # The host's own attention is watched where it is another package's, or where nothing else could be.
         route.guarded = forward.rules is not None or router.machine.host_attention not in PLAIN_HOSTS
         if route.kernel is not None:
             route.guarded = forward.rules is not None or route.kernel.needs_proof or not route.kernel.exact
             route.limit = _limit(route, route.kernel, rules)
             route.compared = forward.session.sampler.knows(route)
-            route.fit(call, (q.ndim, k.ndim, v.ndim), skip_reshape, skip_output)
-            if call.mixed_dtypes:
-                route.dtype = call.dtype
-                route.out_dtype = q.dtype
+            route.fit(call, q, k, v)
     if len(forward.routes) >= _MOST_ROUTES:
         forward.flush()
         forward.routes.clear()
@@ -184,7 +185,8 @@ def _ready(router: Router, forward: Forward, key: tuple[Any, ...], call: Attenti
     while True:
         demoted = forward.session.demoted(_without_block(key))
         unfit = {**forward.session.refused(call.device), **demoted, **forward.session.unfit(call)}
-        plan = make_plan(call, rules, router.kernels, router.machine, unfit, router.link.free_bytes(call.device))
+        free_bytes, prefer = router.link.free_bytes(call.device), forward.session.tuner.prefer
+        plan = make_plan(call, rules, router.kernels, router.machine, unfit, free_bytes, prefer)
         kernel, trail = plan.kernel, plan.decisions
         if any(_OUT_OF_MEMORY in reason for reason in demoted.values()):
             # What did not fit is done again by the exact kernel that needs least, whatever the rules prefer.

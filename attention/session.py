@@ -15,6 +15,7 @@ from .guard import Finding, Place, Sampler, Watch
 from .policy import Rule
 from .record import Record, Trail
 from .route import Route
+from .tuner import Tuner, Turn
 
 if TYPE_CHECKING:
     from .router import Router
@@ -27,8 +28,11 @@ class Session:
     called is asked once per run and device, so that a run ends with the kernels it began with.
     """
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, endless: bool = False) -> None:
+        """`endless`: for calls outside any run, between which there are no boundaries."""
         self.record = Record(router.policy)
+        self.record.endless = endless
+        self.tuner = Tuner(router.kernels, router.machine, router.link, self.record, measures=not endless)
         self._link = router.link
         self._refused: dict[str, Mapping[str, str]] = {}
         self._routes: dict[frozenset[int], dict[Any, Route]] = {}
@@ -59,7 +63,7 @@ class Session:
     def ask_again(self) -> None:
         """Forget what `refused` was told, and every plan made with it."""
         self._refused.clear()
-        self._plan_anew()
+        self.plan_anew()
 
     def demoted(self, key: Any) -> Mapping[str, str]:
         """Kernel name → why it may not run the calls with this key any more."""
@@ -68,7 +72,7 @@ class Session:
     def demote(self, key: Any, kernel: str, reason: str) -> None:
         """Never plan `kernel` again for calls with this key; what was planned so far is planned anew."""
         self._demoted.setdefault(key, {})[kernel] = reason
-        self._plan_anew()
+        self.plan_anew()
 
     def unfit(self, call: AttentionCall) -> dict[str, str]:
         """Kernel name → why the guard keeps it from such calls."""
@@ -81,14 +85,15 @@ class Session:
         if not remembered and finding.kernel not in kernels:
             self.findings.append(finding)
         kernels[finding.kernel] = why
-        self._plan_anew()
+        self.plan_anew()
 
     def ban(self, kernel: str, reason: str) -> None:
         """Never plan `kernel` again in this run."""
         self._banned[kernel] = reason
-        self._plan_anew()
+        self.plan_anew()
 
-    def _plan_anew(self) -> None:
+    def plan_anew(self) -> None:
+        """Forget the routes: each call is planned again."""
         for routes in list(self._routes.values()):
             routes.clear()
 
@@ -105,7 +110,8 @@ class Forward:
     A context manager: inside it, calls that carry no options and compiled graphs find this router through `CURRENT`.
     `takes_bare_calls` is False where another override stands in front of the router and must not be bypassed. `guard`
     sees the output of every guarded route. `rules` take the place of the policy's: for a forward that is repeated, in
-    which every output is seen. `held`: the counts wait for `flush`, until it is known what they are worth.
+    which every output is seen. `held`: the counts wait for `flush`, until it is known what they are worth. `turn`: what
+    this forward measures for `auto`.
     """
 
     __slots__ = (
@@ -123,6 +129,7 @@ class Forward:
         "shadowed",
         "sigma",
         "takes_bare_calls",
+        "turn",
     )
 
     def __init__(
@@ -136,6 +143,7 @@ class Forward:
         rules: Sequence[Rule] | None = None,
         sigma: torch.Tensor | None = None,
         held: bool = False,
+        turn: Turn | None = None,
     ) -> None:
         self.router = router
         self.session = session
@@ -145,6 +153,7 @@ class Forward:
         self.rules = rules
         self.sigma = sigma
         self.held = held
+        self.turn = turn
         self.inside = False  # True: a forward inside this one counts
         self.routes = session.routes(active) if rules is None else {}
         self.counts: Counter[Route] = Counter()

@@ -14,13 +14,15 @@ from comfy.patcher_extension import WrappersMP
 from ..attention.check import Check
 from ..attention.clock import Clock
 from ..attention.healing import Snapshot, healed
-from ..attention.plan import expand
+from ..attention.kernel import machine_reasons
+from ..attention.plan import AUTO, expand
+from ..attention.prepare import prepare
 from ..attention.record import Record
 from ..attention.router import Router
 from ..attention.session import CURRENT, Forward, Session
 from ..doctor.store import home
 from . import trampoline
-from .process import kernels, verdicts
+from .process import keep_timings, kernels, recall_timings, verdicts
 from .remembered import fingerprint, recall, remember
 from .runs import RUNS, RunInfo
 from .server import prompt_context, say_on_node, send_run
@@ -63,6 +65,7 @@ class Attachment:
         model = self._recall(executor.class_obj, session)
         try:
             self._prove(executor.class_obj, session.record)
+            self._make_ready(executor.class_obj, session.record)
             with trampoline.installed(host_attention):
                 out = executor(*args, **kwargs)
             run.status = "finished"
@@ -75,6 +78,7 @@ class Attachment:
             raise
         finally:
             options.pop(_SESSION, None)
+            self._end_tuning(session)
             self._close(run)
             self._remember(model, session)
 
@@ -109,6 +113,41 @@ class Attachment:
                 record.note(
                     f"not tried yet on this machine, so {wish} leaves them out of this run: {', '.join(waiting)}"
                 )
+
+    def _make_ready(self, guider: Any, record: Record) -> None:
+        """Load, and where need be compile, what `auto` may measure in this run: that is no part of the sampling."""
+        measured, machine = recall_timings(), self.router.machine
+        device = str(getattr(getattr(guider, "model_patcher", None), "load_device", machine.main_device.name))
+        wishes = {wish for rule in self.router.policy.rules for wish in rule.kernels if wish in AUTO}
+        names = dict.fromkeys(name for wish in sorted(wishes) for name in expand(wish, machine, device))
+        if measured is None or not names:
+            return
+
+        def may_run(name: str, on: str) -> bool:
+            here = machine.device(on)
+            return not machine_reasons(self.router.kernels[name], machine, here) and name not in verdicts().refused(on)
+
+        def say(text: str) -> None:
+            record.note(text)
+            log.info("Attention: %s.", text)
+            say_on_node(text)
+
+        for name in names:
+            if name in self.router.kernels and may_run(name, device):
+                try:
+                    self.router.kernels[name].load()
+                except Exception as error:  # it will fail again where it is planned, and be told then
+                    log.debug("%s could not be loaded: %s", name, error)
+        chosen = {name: self.router.kernels[name] for name in names if name in self.router.kernels}
+        stop = comfy.model_management.throw_exception_if_processing_interrupted
+        prepare(measured, chosen, may_run, say, stop)
+
+    def _end_tuning(self, session: Session) -> None:
+        try:
+            session.tuner.close()
+            keep_timings()
+        except Exception:  # what is measured must never cost a run
+            log.exception("What was measured for auto could not be kept")
 
     def _close(self, run: RunInfo) -> None:
         try:

@@ -14,11 +14,13 @@ from comfy.cli_args import args as launch
 from ..attention.kernel import Kernel
 from ..attention.link import HostLink
 from ..attention.machine import Machine, read_machine
+from ..attention.timings import Timings
 from ..doctor.hub import announce
 from ..doctor.store import home
 from ..kernels import KERNELS
-from . import trampoline
+from . import timings, trampoline
 from .kernels import host_kernels
+from .memory import spare_bytes
 from .server import prompt_runs
 from .verdicts import Verdicts
 
@@ -60,6 +62,32 @@ def verdicts() -> Verdicts:
     return Verdicts(KERNELS, machine, PACK, home(), prompt_runs)
 
 
+# What `auto` has measured; empty until `recall_timings` has read what earlier processes did.
+TIMINGS = Timings() if timings.tuning_wanted() else None
+
+
+@functools.cache
+def _timings_of() -> str:
+    """The fingerprint that measurements are kept under; what is kept under it is read now."""
+    assert TIMINGS is not None
+    found = timings.fingerprint(machine(), kernels().values())
+    timings.load(TIMINGS, home(), found)
+    return found
+
+
+def recall_timings() -> Timings | None:
+    """What `auto` has measured here, also in earlier processes; None where it is not to measure anything."""
+    if TIMINGS is not None:
+        _timings_of()
+    return TIMINGS
+
+
+def keep_timings() -> None:
+    """Write down what was measured since the last time."""
+    if TIMINGS is not None and TIMINGS.changed:
+        timings.save(TIMINGS, home(), _timings_of())
+
+
 def _free_bytes(device: str) -> int | None:
     try:
         here = torch.device(device)
@@ -79,4 +107,6 @@ LINK = HostLink(
     free_memory=lambda: comfy.model_management.soft_empty_cache(True),
     free_bytes=_free_bytes,
     refused=lambda device: verdicts().refused(device),
+    timings=TIMINGS,
+    spare_bytes=spare_bytes,
 )

@@ -28,7 +28,8 @@ def route(q, k, v, limit=None, heads=4, mask=None, skip_reshape=True) -> Route:
     made = Route((Decision("k", "k", ""),), kernel())
     made.call = describe(q, k, v, heads, mask=mask, skip_reshape=skip_reshape)
     made.limit, made.guarded = limit, True
-    made.fit(made.call, (q.ndim, k.ndim, v.ndim), skip_reshape, False)
+    made.skips = (skip_reshape, False)
+    made.fit(made.call, q, k, v)
     return made
 
 

@@ -37,11 +37,11 @@ ALLOWED = {
 }
 # Inside attention/, imports run one way.
 ORDER = [
-    "call", "builds", "driver", "machine", "kernel", "listing", "policy", "plan", "clock", "history", "entries",
-    "record", "account", "link", "guard", "route", "check", "session", "compiled", "routing", "router",
+    "call", "builds", "driver", "machine", "kernel", "listing", "policy", "plan", "timings", "prepare", "clock",
+    "history", "entries", "record", "account", "link", "guard", "route", "shadow", "tuner", "check", "session", "compiled", "routing", "router",
     "chained", "healing",
 ]  # fmt: skip
-TYPES_ONLY = {("session", "router"), ("routing", "router"), ("guard", "route")}
+TYPES_ONLY = {("session", "router"), ("routing", "router"), ("guard", "route"), ("route", "tuner")}
 
 
 def modules(folder: str) -> list[Path]:

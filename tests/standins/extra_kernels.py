@@ -252,6 +252,6 @@ def _kernels() -> tuple[Kernel, ...]:
 
 
 if os.environ.get("ATTUNE_STANDIN_FAST"):
-    exact, fast = machine._ELSEWHERE
-    machine._ELSEWHERE = (exact, (os.environ["ATTUNE_STANDIN_FAST"], *fast))
+    exact, fast = machine._TABLE[machine.Architecture.CPU]
+    machine._TABLE[machine.Architecture.CPU] = (exact, (os.environ["ATTUNE_STANDIN_FAST"], *fast))
 KERNELS = _kernels()

@@ -1,0 +1,82 @@
+"""First calls of kernels that compile themselves, made before a run instead of in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .call import AttentionCall, Layout
+from .kernel import Kernel
+from .timings import Timings
+
+_LENGTH = 256  # tokens: enough for every path of a kernel, and nothing for a GPU
+Signature = tuple[str, ...]
+
+
+def signature(kernel: Kernel, call: AttentionCall) -> Signature:
+    """What a compiled kernel is compiled for: (kernel, device, dtype, dimensions, mask, groups, remainders of lengths).
+
+    Triton compiles anew for another data type, another constant, and for integers that are divisible by 16 or are not.
+    """
+    mask = f"{call.mask.kind} {' '.join('1' if size == 1 else 'n' for size in call.mask.shape)}" if call.mask else ""
+    return (
+        kernel.name,
+        call.device,
+        str(call.dtype).removeprefix("torch."),
+        str(call.head_dim),
+        str(call.v_dim),
+        mask,
+        str(call.heads // call.kv_heads),
+        str(call.q_len % 16),
+        str(call.kv_len % 16),
+    )
+
+
+def _tensors(kernel: Kernel, wanted: Signature) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """q, k, v in the kernel's layout, and a mask, of a small call with that signature."""
+    _, device, dtype_name, head_dim, v_dim, mask, groups, q_rest, kv_rest = wanted
+    dtype, heads = getattr(torch, dtype_name), int(groups)
+    q_len, kv_len = _LENGTH + int(q_rest), _LENGTH + int(kv_rest)
+    bhnd = kernel.layout is Layout.BHND
+
+    def made(heads: int, length: int, dim: str) -> torch.Tensor:
+        shape = (1, length, heads, int(dim))
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        return tensor.transpose(1, 2) if bhnd else tensor
+
+    tensors = [made(heads, q_len, head_dim), made(1, kv_len, head_dim), made(1, kv_len, v_dim)]
+    if not mask:
+        return tensors, None
+    kind, *dims = mask.split()
+    sizes = [1 if dim == "1" else full for dim, full in zip(dims, (1, heads, q_len, kv_len), strict=True)]
+    of = torch.bool if kind == "bool" else dtype
+    return tensors, torch.ones(sizes, dtype=of, device=device)
+
+
+def prepare(
+    timings: Timings,
+    kernels: Mapping[str, Kernel],
+    may_run: Callable[[str, str], bool],
+    say: Callable[[str], None],
+    check: Callable[[], None],
+) -> None:
+    """Call the kernels that runs have wished for and that compile on first use, on small tensors.
+
+    may_run: (kernel, device) may be called in this process. say: told what is done, in words for the user. check:
+    called before each; what it raises ends it. A kernel that fails is left out and fails again where it is measured.
+    """
+    for wanted in list(timings.to_compile):
+        name, device = wanted[:2]
+        if wanted in timings.compiled or name not in kernels or not may_run(name, device):
+            continue
+        check()
+        say(f"compiling {name}, once")
+        try:
+            tensors, mask = _tensors(kernels[name], wanted)
+            kernels[name].load()(*tensors, mask=mask)
+            if tensors[0].is_cuda:
+                torch.cuda.synchronize(tensors[0].device)
+        except Exception as error:
+            say(f"{name} could not be prepared ({type(error).__name__}: {error})")
+        timings.compiled.add(wanted)

@@ -1,0 +1,284 @@
+"""`auto`, measured: kernels are timed on the tensors of the run itself, beside the host's own attention.
+
+Until the choice for a workload is made, the host's own attention computes it. Once in a forward at most, one of its
+calls is computed by a candidate as well: timed, compared with float32, and thrown away. Both are timed in the same
+call, so what else the machine does hits both. When all candidates are known the fastest takes over, between two
+forwards. All of it takes at most one percent of the time that sampling has taken so far; what is not known then is
+measured in later runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .call import AttentionCall
+from .clock import TIMED_DEVICES
+from .kernel import Kernel
+from .link import HostLink
+from .machine import Machine
+from .plan import HOST
+from .policy import Rule
+from .prepare import signature
+from .record import Record
+from .shadow import Shadow, Timed
+from .timings import Measured, Workload, contenders, ranked, to_measure
+
+if TYPE_CHECKING:
+    from .route import Route
+
+log = logging.getLogger("attune")
+_SHARE = 0.01  # of the time that sampling has taken so far
+_FIRST = 2.5  # what the first timing of a kernel costs, in calls of the host's attention: it is warmed up and compared
+_PATIENCE = 3  # forwards in which a candidate found no memory, after which it is left out
+_SLOWER = 1.25  # times what the host's own attention took: a chosen kernel has turned slow
+_SURE = 3  # forwards in which it has to have been so
+
+
+class Trial:
+    """One workload under one wish, in one run.
+
+    names: kernels worth a measurement. order: all kernels of the wish, the one that computes it first. found: what is
+    known of them.
+    """
+
+    def __init__(
+        self, workload: Workload, names: Sequence[str], order: tuple[str, ...], found: dict[str, Measured]
+    ) -> None:
+        self.workload = workload
+        self.names = names
+        self.order = order
+        self.found = found
+        self.seconds: list[float] = []  # of calls as `chosen` computed them
+        self.calls = 0  # in a forward
+        self.no_room: dict[str, list[str]] = {}
+
+    @property
+    def chosen(self) -> str:
+        return self.order[0]
+
+    @property
+    def waiting(self) -> list[str]:
+        """What needs another timing; nothing where the choice was made before."""
+        return to_measure(self.names, self.order, self.found) if self.chosen == HOST else []
+
+    @property
+    def weight(self) -> float:
+        return self.workload.operations * self.calls
+
+
+class Turn:
+    """One forward's part: at most one call is timed."""
+
+    def __init__(self, tuner: Tuner, target: Trial | None, at: int) -> None:
+        self._tuner = tuner
+        self._target = target
+        self._at = at  # which of the target's calls, counted from 0
+        self.counts: Counter[Trial] = Counter()
+        self.timed: Timed | None = None
+
+    @property
+    def target(self) -> Trial | None:
+        return self._target
+
+    def begin(
+        self, route: Route, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> Timed | None:
+        """A call of a route with a trial is about to run. What comes back is to be told of its end."""
+        trial = route.trial
+        assert trial is not None
+        number = self.counts[trial]
+        self.counts[trial] = number + 1
+        if trial is not self._target or number != self._at or self.timed is not None:
+            return None
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        self.timed = self._tuner.time(trial, route, q, k, v, mask)
+        return self.timed
+
+
+class Tuner:
+    """The choices of one run for `auto`. `measures` False: only what is known already is used."""
+
+    def __init__(
+        self, kernels: Mapping[str, Kernel], machine: Machine, link: HostLink, record: Record, measures: bool
+    ) -> None:
+        self._kernels, self._machine, self._link, self._record = kernels, machine, link, record
+        self._timings = link.timings
+        self._measures = measures
+        self._found: dict[Workload, dict[str, Measured]] = {}  # read once: a run keeps to what it began with
+        self._trials: dict[tuple[Workload, str], Trial] = {}
+        self._began: float | None = None
+        self.spent = 0.0  # seconds
+        self._turns = 0
+        self._lock = threading.RLock()
+
+    def prefer(
+        self, call: AttentionCall, rule: Rule, wish: str, wished: tuple[str, ...], runnable: Sequence[str]
+    ) -> tuple[str, ...]:
+        """The kernels `wished`, in the order in which they are to be taken. `runnable`: those that can run the call."""
+        workload = Workload.of(call)
+        if self._timings is None or len(wished) < 2 or workload.device_type not in TIMED_DEVICES:
+            return wished
+        host_first = (HOST, *(name for name in wished if name != HOST)) if HOST in wished else wished
+        if workload.tiny:
+            return host_first if self._measures else wished
+        with self._lock:
+            if (workload, wish) in self._trials:  # a plan that is made again, because a kernel failed
+                return self._trials[workload, wish].order
+            if workload not in self._found:
+                self._found[workload] = self._timings.of(workload)
+            found = self._found[workload]
+            names = contenders(runnable, self._machine, workload.device_type)
+            names = [name for name in names if not self._must_compile(name, call)]
+            open_ = bool(to_measure(names, wished, found))
+            if not self._measures:
+                return wished if open_ or not found else ranked(wished, found, rule.error_budget, self._kernels)
+            order = host_first if open_ else ranked(wished, found, rule.error_budget, self._kernels)
+            if HOST in wished:
+                self._trials[workload, wish] = Trial(workload, names, order, found)
+            return order
+
+    def trial(self, call: AttentionCall, wish: str, kernel: str) -> Trial | None:
+        """What is to be timed in calls like this one, which `kernel` computes by that wish."""
+        with self._lock:
+            trial = self._trials.get((Workload.of(call), wish))
+        return trial if trial is not None and trial.chosen == kernel else None
+
+    def failed(self, call: AttentionCall, kernel: str, reason: str) -> None:
+        """A kernel failed in the middle of a run: `auto` does not take it for such calls any more."""
+        workload = Workload.of(call)
+        if self._timings is not None and kernel in self._timings.of(workload):
+            self._timings.keep(workload, kernel, Measured(reason=reason))
+
+    def _must_compile(self, name: str, call: AttentionCall) -> bool:
+        kernel = self._kernels[name]
+        if self._timings is None or not kernel.needs.triton:
+            return False
+        if not self._timings.must_compile(signature(kernel, call)):
+            return False
+        self._record.note(f"{name} has to be compiled before it can be measured: done before the next run")
+        return True
+
+    def turn(self) -> Turn | None:
+        """A forward begins; None where there is nothing to time."""
+        with self._lock:
+            if self._timings is None or not self._measures:
+                return None
+            if self._began is None:
+                self._began = time.perf_counter()
+            self._turns += 1
+            # First what takes most of the time, then whether a chosen kernel still is as fast as it was.
+            target = max((one for one in self._trials.values() if one.waiting), key=_weight, default=None)
+            if target is None:
+                known = [one for one in self._trials.values() if one.chosen != HOST and one.calls]
+                target = known[self._turns % len(known)] if known else None
+            # Another call each time, so that no block speaks for all.
+            return Turn(self, target, self._turns % target.calls if target is not None and target.calls else 0)
+
+    def time(
+        self,
+        trial: Trial,
+        route: Route,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> Timed:
+        """Time this call, and before it a candidate on the same tensors, where time and memory allow."""
+        assert self._began is not None
+        elapsed = time.perf_counter() - self._began
+        for name in trial.waiting if trial.seconds else ():
+            known, kernel = trial.found.get(name), self._kernels[name]
+            host = statistics.median(trial.seconds)
+            cost = known.ratio * host if known and known.pairs else _FIRST * host
+            if self.spent + cost > _SHARE * elapsed:
+                break
+            if reason := self._no_room(kernel, route, q):
+                trial.no_room.setdefault(name, []).append(reason)
+                continue
+            shadow = Shadow(kernel, route, first=known is None)
+            shadow.run(q, k, v, mask, self._link)
+            return Timed(q.device, shadow)
+        return Timed(q.device)
+
+    def _no_room(self, kernel: Kernel, route: Route, q: torch.Tensor) -> str:
+        """Why a call of the kernel would raise the peak of the memory in use, or "": it runs before the real one."""
+        call = route.call
+        assert call is not None
+        need = kernel.workspace_bytes(call) + call.batch * call.heads * call.q_len * call.v_dim * q.element_size()
+        spare = self._link.spare_bytes(call.device)
+        if spare is None or need <= spare:
+            return ""
+        return f"would raise the peak of memory: needs {need / 2**20:,.0f} MiB, {max(0, spare) / 2**20:,.0f} are unused"
+
+    def end(self, turn: Turn, good: bool) -> bool:
+        """A forward has ended, and waits for the device anyway. True: choices have changed, plans are to be made anew.
+
+        good: its result counts.
+        """
+        with self._lock:
+            for trial, calls in turn.counts.items():
+                trial.calls = calls
+            timed, trial_ = turn.timed, turn.target
+            if timed is None or trial_ is None or not good:
+                return False
+            try:
+                seconds, shadow = timed.seconds, timed.shadow
+                if seconds is not None:
+                    trial_.seconds.append(seconds)
+                if shadow is not None:
+                    self.spent += shadow.cost
+                    name = shadow.kernel.name
+                    self._learn(trial_, name, shadow.result(trial_.found.get(name), seconds))
+                for name, reasons in trial_.no_room.items():
+                    if len(reasons) == _PATIENCE:
+                        self._learn(trial_, name, Measured(reason=reasons[-1]))
+                if trial_.chosen == HOST and not trial_.waiting:
+                    return self._settle(trial_)
+            except RuntimeError as error:  # a device that is lost tells nothing more
+                log.debug("A kernel's time could not be read: %s", error)
+            return False
+
+    def _learn(self, trial: Trial, name: str, measured: Measured) -> None:
+        assert self._timings is not None
+        trial.found[name] = measured
+        self._timings.keep(trial.workload, name, measured)
+
+    def _settle(self, trial: Trial) -> bool:
+        """All that is to be known is known: the next forward begins with the fastest."""
+        for key in [key for key, one in self._trials.items() if one is trial]:
+            del self._trials[key]
+        told = ", ".join(_told(name, measured) for name, measured in trial.found.items() if name in trial.order)
+        self._record.note(f"auto measured {trial.workload}, in shares of the time of the host's own attention: {told}")
+        return True
+
+    def close(self) -> None:
+        """The run is over. A chosen kernel that was slower than the host's own had been is measured anew next time."""
+        with self._lock:
+            for trial in self._trials.values():
+                known = trial.found.get(trial.chosen)
+                if self._timings is None or known is None or len(trial.seconds) < _SURE:
+                    continue
+                host, took = known.host_seconds, statistics.median(trial.seconds)
+                if host > 0 and took > _SLOWER * host:
+                    self._timings.forget(trial.workload)
+                    self._record.note(
+                        f"{trial.chosen} took {1000 * took:.3g} ms for {trial.workload}, and the host's own attention "
+                        f"{1000 * host:.3g} ms when both were measured: the next run measures again"
+                    )
+
+
+def _weight(trial: Trial) -> float:
+    return trial.weight
+
+
+def _told(name: str, measured: Measured) -> str:
+    return f"{name} {measured.reason}" if measured.reason else f"{name} {measured.ratio:.2f}"

@@ -1,0 +1,108 @@
+"""What `auto` has measured, on disk: for the machine as it is, and forgotten when anything in it changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention.kernel import Kernel
+from ..attention.machine import Machine
+from ..attention.timings import Measured, Timings
+from ..doctor.store import Store
+
+_MACHINES, _WORKLOADS, _SIGNATURES = 20, 500, 100  # what is kept: of machines, and of one machine
+
+State = dict[str, dict[str, Any]]
+
+
+def tuning_wanted() -> bool:
+    """`ATTUNE_TUNE=off` in the environment: `auto` keeps the first choice of its table, and nothing is measured."""
+    return os.environ.get("ATTUNE_TUNE", "").strip().lower() not in ("off", "0", "false", "no")
+
+
+def store(folder: Path) -> Store:
+    """The file in the folder that doctor.store.home() gave: machine → what was measured on it, oldest first."""
+
+    def parse(data: Any) -> State:
+        state = {str(key): dict(entry) for key, entry in (data or {}).items()}
+        for entry in state.values():
+            _read(entry)  # raises where somebody has edited it
+        return state
+
+    return Store(folder / "timings.json", "attune timings", 1, parse, lambda state: state)
+
+
+def _read(entry: dict[str, Any]) -> tuple[dict[str, dict[str, Measured]], list[tuple[str, ...]]]:
+    known = {
+        str(workload): {str(name): _measured(one) for name, one in kernels.items()}
+        for workload, kernels in entry["workloads"].items()
+    }
+    signatures = [tuple(map(str, one)) for one in entry["to_compile"]]
+    if any(len(one) != len(signatures[0]) for one in signatures):
+        raise ValueError("signatures of different lengths")
+    return known, signatures
+
+
+def _measured(entry: dict[str, Any]) -> Measured:
+    pairs = tuple((float(own), float(host)) for own, host in entry["pairs"])
+    numbers = [number for pair in pairs for number in pair]
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise ValueError(f"wanted seconds above 0, found {numbers}")
+    return Measured(pairs, float(entry["l1"]), float(entry["l2"]), str(entry["reason"]))
+
+
+def fingerprint(machine: Machine, kernels: Iterable[Kernel]) -> str:
+    """What a measurement holds for: devices, driver, versions, the host's own attention, and kernels from elsewhere."""
+    devices = [[one.name, one.title, one.sm or one.gfx, one.memory] for one in machine.devices]
+    about = [
+        devices,
+        torch.get_num_threads(),
+        machine.system,
+        machine.driver,
+        machine.torch,
+        machine.cuda,
+        machine.triton,
+        sorted(machine.packages.items()),
+        sorted((name, one.folder) for name, one in machine.fetched.items()),
+        sorted(kernel.origin for kernel in kernels if kernel.origin),
+        machine.host_attention,
+    ]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
+
+
+def load(timings: Timings, folder: Path, machine: str) -> None:
+    """Fill `timings` with what is kept for this machine (its fingerprint)."""
+    entry = store(folder).read().get(machine)
+    if entry is not None:
+        known, signatures = _read(entry)
+        timings.known.update(known)
+        timings.to_compile.update(dict.fromkeys(signatures))
+
+
+def save(timings: Timings, folder: Path, machine: str) -> None:
+    """Keep what was measured, where anything has changed."""
+    if not timings.changed:
+        return
+    timings.changed = False
+
+    def add(state: State) -> None:
+        known = {workload: dict(kernels) for workload, kernels in list(timings.known.items())[-_WORKLOADS:]}
+        state.pop(machine, None)
+        state[machine] = {  # to the end: the machine that was used last
+            "when": int(time.time()),
+            "workloads": {key: {name: asdict(one) for name, one in found.items()} for key, found in known.items()},
+            "to_compile": [list(one) for one in list(timings.to_compile)[-_SIGNATURES:]],
+        }
+        for old in list(state)[:-_MACHINES]:
+            del state[old]
+
+    store(folder).update(add)
