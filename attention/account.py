@@ -183,6 +183,7 @@ def account(record: Record) -> dict[str, Any]:
         "forwards": record.forwards,
         "repeated": record.repeated,
         "shadowed": record.shadowed,
+        "measuring_seconds": record.measuring,
         "requested": dict(+requested),
         "planned": dict(+planned),
         "observed": dict(record.observed()),

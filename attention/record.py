@@ -49,6 +49,7 @@ class Record:
         self.endless = False
         self.forwards = 0
         self.repeated = 0  # forwards that were thrown away and done again
+        self.measuring = 0.0  # seconds that `auto` took to measure kernels beside the run
         self.shadowed = 0
         self.longest_self = 0  # tokens of the longest self attention met
         self.devices: dict[str, None] = {}  # where forwards ran, as torch writes them

@@ -158,12 +158,14 @@ class Timings:
 
     `known` may be filled from disk. `changed`: something was added since somebody set it to False. `to_compile` holds
     the signatures (prepare.py) that runs have met, `compiled` those that need no compiler any more in this process.
+    `allowance`: seconds that earlier runs may still have spent on measuring, and did not; below 0 where they overdrew.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, Measured]] = {}
         self.to_compile: dict[tuple[str, ...], None] = {}
         self.compiled: set[tuple[str, ...]] = set()
+        self.allowance = 0.0
         self.changed = False
         self._lock = threading.Lock()
 

@@ -3,8 +3,8 @@
 Until the choice for a workload is made, the host's own attention computes it. Once in a forward at most, one of its
 calls is computed by a candidate as well: timed, compared with float32, and thrown away. Both are timed in the same
 call, so what else the machine does hits both. When all candidates are known the fastest takes over, between two
-forwards. All of it takes at most one percent of the time that sampling has taken so far; what is not known then is
-measured in later runs.
+forwards. All of it takes at most one percent of the time that sampling has taken so far, earlier runs included; what
+is not known then is measured in later runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attune")
 _SHARE = 0.01  # of the time that sampling has taken so far
-_FIRST = 2.5  # what the first timing of a kernel costs, in calls of the host's attention: it is warmed up and compared
+# What the first timing of a kernel costs, in calls of the host's attention: it is compared, on a GPU also warmed up.
+_FIRST = {"cpu": 1.5, "cuda": 2.5}
+_CARRIED = 10.0  # seconds of measuring that short runs may save up: one call of the longest sequences takes half of one
 _PATIENCE = 3  # forwards in which a candidate found no memory, after which it is left out
 _SLOWER = 1.25  # times what the host's own attention took: a chosen kernel has turned slow
 _SURE = 3  # forwards in which it has to have been so
@@ -116,6 +118,7 @@ class Tuner:
         self._found: dict[Workload, dict[str, Measured]] = {}  # read once: a run keeps to what it began with
         self._trials: dict[tuple[Workload, str], Trial] = {}
         self._began: float | None = None
+        self._saved = 0.0  # seconds of measuring that earlier runs have left
         self.spent = 0.0  # seconds
         self._turns = 0
         self._lock = threading.RLock()
@@ -173,7 +176,7 @@ class Tuner:
             if self._timings is None or not self._measures:
                 return None
             if self._began is None:
-                self._began = time.perf_counter()
+                self._began, self._saved = time.perf_counter(), self._timings.allowance
             self._turns += 1
             # First what takes most of the time, then whether a chosen kernel still is as fast as it was.
             target = max((one for one in self._trials.values() if one.waiting), key=_weight, default=None)
@@ -193,13 +196,11 @@ class Tuner:
         mask: torch.Tensor | None,
     ) -> Timed:
         """Time this call, and before it a candidate on the same tensors, where time and memory allow."""
-        assert self._began is not None
-        elapsed = time.perf_counter() - self._began
+        allowed = self._allowed()
         for name in trial.waiting if trial.seconds else ():
             known, kernel = trial.found.get(name), self._kernels[name]
             host = statistics.median(trial.seconds)
-            cost = known.ratio * host if known and known.pairs else _FIRST * host
-            if self.spent + cost > _SHARE * elapsed:
+            if (known.ratio if known and known.pairs else _FIRST[q.device.type]) * host > allowed:
                 break
             if reason := self._no_room(kernel, route, q):
                 trial.no_room.setdefault(name, []).append(reason)
@@ -208,6 +209,11 @@ class Tuner:
             shadow.run(q, k, v, mask, self._link)
             return Timed(q.device, shadow)
         return Timed(q.device)
+
+    def _allowed(self) -> float:
+        """Seconds that measuring may take now."""
+        assert self._began is not None and self._timings is not None
+        return self._saved + _SHARE * (time.perf_counter() - self._began) - self.spent
 
     def _no_room(self, kernel: Kernel, route: Route, q: torch.Tensor) -> str:
         """Why a call of the kernel would raise the peak of the memory in use, or "": it runs before the real one."""
@@ -236,6 +242,7 @@ class Tuner:
                     trial_.seconds.append(seconds)
                 if shadow is not None:
                     self.spent += shadow.cost
+                    self._record.measuring = self.spent
                     name = shadow.kernel.name
                     self._learn(trial_, name, shadow.result(trial_.found.get(name), seconds))
                 for name, reasons in trial_.no_room.items():
@@ -263,6 +270,10 @@ class Tuner:
     def close(self) -> None:
         """The run is over. A chosen kernel that was slower than the host's own had been is measured anew next time."""
         with self._lock:
+            if self._timings is not None and self._began is not None:
+                waiting = any(trial.waiting for trial in self._trials.values())
+                self._timings.allowance = min(_CARRIED, self._allowed()) if waiting else 0.0
+                self._timings.changed = self._timings.changed or waiting
             for trial in self._trials.values():
                 known = trial.found.get(trial.chosen)
                 if self._timings is None or known is None or len(trial.seconds) < _SURE:

@@ -49,6 +49,8 @@ def _read(entry: dict[str, Any]) -> tuple[dict[str, dict[str, Measured]], list[t
     signatures = [tuple(map(str, one)) for one in entry["to_compile"]]
     if any(len(one) != len(signatures[0]) for one in signatures):
         raise ValueError("signatures of different lengths")
+    if not math.isfinite(entry["allowance"]):
+        raise ValueError(f"wanted seconds, found {entry['allowance']}")
     return known, signatures
 
 
@@ -86,6 +88,7 @@ def load(timings: Timings, folder: Path, machine: str) -> None:
         known, signatures = _read(entry)
         timings.known.update(known)
         timings.to_compile.update(dict.fromkeys(signatures))
+        timings.allowance = entry["allowance"]
 
 
 def save(timings: Timings, folder: Path, machine: str) -> None:
@@ -100,6 +103,7 @@ def save(timings: Timings, folder: Path, machine: str) -> None:
         state[machine] = {  # to the end: the machine that was used last
             "when": int(time.time()),
             "workloads": {key: {name: asdict(one) for name, one in found.items()} for key, found in known.items()},
+            "allowance": timings.allowance,
             "to_compile": [list(one) for one in list(timings.to_compile)[-_SIGNATURES:]],
         }
         for old in list(state)[:-_MACHINES]:

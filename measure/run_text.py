@@ -172,6 +172,8 @@ def run_text(run: dict[str, Any], number: int = 0) -> str:
         f"Ran: {kernel_summary([run]) or 'no attention call reached the pack'}",
     ]
     lines += _kernels(run)
+    if measuring := run.get("measuring_seconds"):
+        lines.append(f"  Measuring kernels for auto took {measuring:.2g} s of the run.")
     lines += _section("Where:", _course(run))
     if run["forwards_left_out"]:
         lines.append(f"  {run['forwards_left_out']:,} forwards found no room in this list; they are counted above.")

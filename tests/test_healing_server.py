@@ -67,7 +67,7 @@ class Bench:
 def bench(make_server, tmp_path_factory):
     home = tmp_path_factory.mktemp("proved")
     faults = home / "faults.txt"
-    env = {**environment(home, "sage2", fault_file=faults, fast=SAGE_16), "OMP_NUM_THREADS": "1"}  # tiny models
+    env = {**environment(home, "sage2", fault_file=faults, fast=SAGE_16), "OMP_NUM_THREADS": "1", "ATTUNE_TUNE": "off"}
     server = make_server(env=env, packs=(ROOT / "tests" / "fixture_packs" / "odd_nodes",), folder="broken")
     bench = Bench(server, home, faults)
     for kernel in (SAGE, SAGE_16):  # the doctor finds them good
