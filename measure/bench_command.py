@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .shapes import MEMORY, SETS, Shape, parse_shape
+from .workflow_command import UsageError, add_workflow_options, bench_workflow, check_options
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -22,15 +23,11 @@ class Ask(NamedTuple):
     home: Path | None
 
 
-class _UsageError(ValueError):
-    """A wrong option, in words for the user."""
-
-
 def _chosen(kernels: Iterable[Any], wanted: str, exact: bool) -> list[Any]:
     known = {kernel.name: kernel for kernel in kernels}
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if unknown := [name for name in names if name not in known]:
-        raise _UsageError(f"unknown kernel {', '.join(unknown)}; known are: {', '.join(known)}")
+        raise UsageError(f"unknown kernel {', '.join(unknown)}; known are: {', '.join(known)}")
     return [kernel for name, kernel in known.items() if (not names or name in names) and (kernel.exact or not exact)]
 
 
@@ -43,7 +40,7 @@ def _dtypes(wanted: str, device: Any) -> list[Any]:
             wanted = "fp16"  # bfloat16 is emulated there
     names = [_DTYPES.get(name.strip(), name.strip()) for name in wanted.split(",") if name.strip()]
     if unknown := [name for name in names if name not in _DTYPES.values()]:
-        raise _UsageError(f"unknown data type {', '.join(unknown)}; known are: {', '.join(_DTYPES)}")
+        raise UsageError(f"unknown data type {', '.join(unknown)}; known are: {', '.join(_DTYPES)}")
     return [getattr(torch, name) for name in dict.fromkeys(names)]
 
 
@@ -62,10 +59,10 @@ def _cases(options: argparse.Namespace, device: Any) -> list[Any]:
     try:
         shapes += [parse_shape(text) for text in options.shape]
     except ValueError as error:
-        raise _UsageError(f"--shape: {error}") from None
+        raise UsageError(f"--shape: {error}") from None
     for name in filter(None, map(str.strip, options.shapes.split(","))):
         if name not in SETS:
-            raise _UsageError(f"unknown set of shapes {name!r}; known are: {', '.join(SETS)}")
+            raise UsageError(f"unknown set of shapes {name!r}; known are: {', '.join(SETS)}")
         shapes += SETS[name]()
     if not shapes:
         shapes += SETS["smoke"]()
@@ -81,9 +78,9 @@ def _progress(done: int, in_all: int, text: str) -> None:
         print(f"\r{line:<99}", end="", file=sys.stderr, flush=True)
 
 
-def _write(options: argparse.Namespace, result: Mapping[str, Any]) -> int:
+def _write(options: argparse.Namespace, result: Mapping[str, Any], as_csv: Callable[[Mapping[str, Any]], str]) -> int:
     """Write the files that were asked for; each that cannot be written is told, and the others are."""
-    from .bench_file import as_csv, as_json, write
+    from .bench_file import as_json, write
     from .bench_plot import HOW_TO_INSTALL, save_plot
 
     jobs: list[tuple[Path | None, Callable[[Path], Any]]] = [
@@ -110,14 +107,25 @@ def _check_paths(options: argparse.Namespace) -> None:
     """A name that cannot work is told before minutes of measuring, not after."""
     for path in (options.json, options.csv, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
-            raise _UsageError(f"{path}: there is no folder {path.absolute().parent}")
+            raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
     if options.plot is not None and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise _UsageError(f"--plot {options.plot}: wanted a name that ends in .png, .svg or .pdf")
+        raise UsageError(f"--plot {options.plot}: wanted a name that ends in .png, .svg or .pdf")
 
 
 def _bench(options: argparse.Namespace) -> int:
+    try:
+        check_options(options, options.defaults)
+        _check_paths(options)
+    except UsageError as error:
+        print(f"attune bench: {error}", file=sys.stderr)
+        return 2
+    return bench_workflow(options, _progress, _write) if options.workflow else _bench_calls(options)
+
+
+def _bench_calls(options: argparse.Namespace) -> int:
     from ..attention.machine import read_machine
     from .bench import Bench, run_bench
+    from .bench_file import as_csv
     from .bench_inputs import NoInputsError
     from .bench_table import table
     from .timing import Effort
@@ -126,12 +134,11 @@ def _bench(options: argparse.Namespace) -> int:
     known = [device.name for device in machine.devices]
     try:
         if options.device and options.device not in known:
-            raise _UsageError(f"unknown device {options.device!r}: here are {', '.join(known)}")
-        _check_paths(options)
+            raise UsageError(f"unknown device {options.device!r}: here are {', '.join(known)}")
         device = machine.device(options.device) if options.device else machine.main_device
         kernels = _chosen(options.all_kernels(), options.kernels, exact=options.memory)
         cases = _cases(options, device)
-    except (_UsageError, NoInputsError, OSError) as error:
+    except (UsageError, NoInputsError, OSError) as error:
         print(f"attune bench: {error}", file=sys.stderr)
         return 2
     if options.unproved:
@@ -166,7 +173,7 @@ def _bench(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "unproved": options.unproved,
     }
-    status = _write(options, result)  # first: what reads the text may be gone, as `head` is
+    status = _write(options, result, as_csv)  # first: what reads the text may be gone, as `head` is
     print(table(result))
     if options.memory:
         print(memory_text(result["rows"]))
@@ -204,7 +211,7 @@ def add_bench(
     add("--shape", action="append", default=[], metavar="B,H,N,M,D", help="a shape of your own; may be given often")
     add("--inputs", type=Path, metavar="FILE", help="captured tensors (safetensors) in place of shapes")
     add("--memory", action="store_true", help="one call whose scores would take 112.5 GiB: who runs it, who refuses")
-    add("--kernels", default="", metavar="NAME,...", help="only these kernels")
+    add("--kernels", default="", metavar="NAME,...", help="only these kernels (workflows: host,sdpa,auto)")
     add("--dtypes", default="", metavar="NAME,...", help="fp16, bf16, fp32 (GPU: fp16,bf16; CPU: fp32)")
     add("--seconds", type=float, default=1.0, help="time for each row, about (1)")
     add("--seed", type=int, default=0, help="of the made inputs (0)")
@@ -214,4 +221,6 @@ def add_bench(
     add("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf); needs matplotlib")
     add("--unproved", action="store_true", help="also run kernels that the doctor has not proved, in this process")
     add("--home", type=Path, help="the folder of the pack's state, where ComfyUI has another user directory")
-    parser.set_defaults(run=_bench, all_kernels=kernels, verdicts=verdicts)
+    add_workflow_options(add)
+    defaults = vars(parser.parse_args([]))
+    parser.set_defaults(run=_bench, all_kernels=kernels, verdicts=verdicts, defaults=defaults)

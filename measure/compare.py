@@ -1,4 +1,4 @@
-"""Two results of `attune bench`, row by row."""
+"""Two results of `attune bench`, row by row; of single calls, or of whole workflows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`lost` and `gained` are rows that only A or only B measured though both have them; with B's or A's reason."""
+    """`lost` and `gained` are rows that only A or only B measured though both have them; with B's or A's reason.
+
+    `workflows`: the rows are stages of whole workflows.
+    """
 
     pairs: list[Pair] = field(default_factory=list)
     lost: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Comparison:
     only_a: list[Mapping[str, Any]] = field(default_factory=list)
     only_b: list[Mapping[str, Any]] = field(default_factory=list)
     machines: list[tuple[str, str, str]] = field(default_factory=list)
+    workflows: bool = False
 
     def below(self, ratio: float) -> list[str]:
         """Why B does not reach `ratio` times the speed of A, a line for each row; empty where it does."""
@@ -56,9 +60,11 @@ def name(row: Mapping[str, Any]) -> str:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
-    """Compare what bench_file.read_result gave."""
-    first, second = ({key(row): row for row in result["rows"]} for result in (a, b))
-    found = Comparison(machines=_differences(a["machine"], b["machine"]))
+    """Compare what bench_file.read_result or workflow_result.read_workflow_result gave, two of one kind."""
+    first, second = ({row.get("key") or key(row): row for row in result["rows"]} for result in (a, b))
+    found = Comparison(
+        machines=_differences(a["machine"], b["machine"]), workflows=any("key" in row for row in a["rows"])
+    )
     for place, row in first.items():
         other = second.get(place)
         ran = row["status"] == "measured"
@@ -100,6 +106,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
 def _time(row: Mapping[str, Any]) -> str:
     from .bench_table import time_text
 
+    if row["repeats"] < 2:
+        return time_text(row["median_ms"])
     spread = (row["high_ms"] - row["low_ms"]) / row["median_ms"]
     return f"{time_text(row['median_ms'])} ({spread:.1%})"
 
@@ -120,6 +128,7 @@ def _rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
 
 
 _HEAD = ("kernel", "shape", "type", "A (spread)", "B (spread)", "A / B", "B is")
+_WORKFLOW_HEAD = ("kernel", "workflow", "stage", *_HEAD[3:])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
@@ -137,7 +146,7 @@ def comparison_text(found: Comparison, markdown: bool = False) -> str:
     dot = "- " if markdown else "  "
     lines: list[str] = []
     if found.pairs:
-        lines += [*_table(_HEAD, _rows(found.pairs), markdown), ""]
+        lines += [*_table(_WORKFLOW_HEAD if found.workflows else _HEAD, _rows(found.pairs), markdown), ""]
         counts = {what: sum(pair.verdict == what for pair in found.pairs) for what in ("faster", "slower")}
         rest = len(found.pairs) - sum(counts.values())
         lines.append(

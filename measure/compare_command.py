@@ -16,12 +16,29 @@ def _ratio(text: str) -> float:
     return value
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _read(a: Path, b: Path) -> list[dict[str, Any]]:
+    """Both results, ready to be compared. Raises NotAResultError, or OSError."""
     from .bench_file import NotAResultError, read_result
+    from .workflow_result import is_workflow_result, read_workflow_result
+
+    whole = [is_workflow_result(path) for path in (a, b)]
+    found = [
+        read_workflow_result(path) if of_one else read_result(path) for path, of_one in zip((a, b), whole, strict=True)
+    ]
+    if whole[0] != whole[1]:
+        one, other = (a, b) if whole[0] else (b, a)
+        raise NotAResultError(
+            f"{one} is of whole workflows (attune bench --workflow), {other} of single calls: compare two of one kind"
+        )
+    return found
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .bench_file import NotAResultError
     from .compare import compare, comparison_text
 
     try:
-        a, b = read_result(options.a), read_result(options.b)
+        a, b = _read(options.a, options.b)
     except (NotAResultError, OSError) as error:
         print(f"attune compare: {error}", file=sys.stderr)
         return 2
