@@ -1,4 +1,4 @@
-"""What a GPU's driver tells without being started: its version, and how much memory is free now.
+"""What a GPU's driver tells without starting a GPU: its version, and the free memory, clock and power of each one.
 
 NVIDIA's through its management library (NVML), AMD's on Linux through /sys. Neither makes a CUDA or HIP context, and
 neither is there on every machine: what cannot be told is "" or 0, and nothing here raises.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,10 @@ class Address(NamedTuple):
 
     uuid: str = ""
     pci: str = ""
+
+
+# Reads a GPU's clock in MHz and its power in W, each None where the driver does not tell.
+Sense = Callable[[], tuple[float | None, float | None]]
 
 
 class Said(NamedTuple):
@@ -36,6 +40,7 @@ class Memory(ctypes.Structure):
 
 
 _TEXT = 96  # more than NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+_CLOCK_SM = 1  # NVML_CLOCK_SM
 
 
 def _library() -> Any:
@@ -54,8 +59,8 @@ def _library() -> Any:
     return None
 
 
-def _free(library: Any, address: Address) -> int:
-    """Bytes that are free on one GPU; 0 where NVML does not know it."""
+def _handle(library: Any, address: Address) -> Any:
+    """NVML's name of one GPU; None where it does not know it."""
     handle = ctypes.c_void_p()
     found = False
     if address.uuid:  # a part of a GPU (MIG) has a UUID of its own
@@ -64,8 +69,13 @@ def _free(library: Any, address: Address) -> int:
             found = found or library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) == 0
     if not found and address.pci:
         found = library.nvmlDeviceGetHandleByPciBusId_v2(address.pci.encode(), ctypes.byref(handle)) == 0
-    memory = Memory()
-    if not found or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
+    return handle if found else None
+
+
+def _free(library: Any, address: Address) -> int:
+    """Bytes that are free on one GPU; 0 where NVML does not know it."""
+    handle, memory = _handle(library, address), Memory()
+    if handle is None or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
         return 0
     return int(memory.free)
 
@@ -87,6 +97,36 @@ def ask_nvidia(gpus: Mapping[str, Address], library: Any = None) -> Said:
     return Said(text.value.decode("utf-8", "replace") if known else "", {name: n for name, n in free.items() if n})
 
 
+@contextlib.contextmanager
+def sense_nvidia(address: Address, library: Any = None) -> Iterator[Sense]:
+    """What reads the clock of a GPU's SMs and its power, for as long as the context lasts: starting NVML takes longer
+    than most calls that are to be watched. Newer GPUs tell the power's mean over a second (NVML's API reference).
+    """
+    library, handle, started = library or _library(), None, False
+    with contextlib.suppress(AttributeError, OSError):  # as in ask_nvidia
+        started = library is not None and library.nvmlInit_v2() == 0
+        handle = _handle(library, address) if started else None
+
+    def ask(function: str, *which: Any) -> int | None:
+        number = ctypes.c_uint()
+        with contextlib.suppress(AttributeError, OSError):
+            if handle is not None and getattr(library, function)(handle, *which, ctypes.byref(number)) == 0:
+                return number.value
+        return None
+
+    def sense() -> tuple[float | None, float | None]:
+        clock = ask("nvmlDeviceGetClockInfo", ctypes.c_int(_CLOCK_SM))  # MHz
+        power = ask("nvmlDeviceGetPowerUsage")  # mW
+        return clock, None if power is None else power / 1000
+
+    try:
+        yield sense
+    finally:
+        with contextlib.suppress(AttributeError, OSError):
+            if started:
+                library.nvmlShutdown()
+
+
 def _read(file: Path) -> str:
     try:
         return file.read_text("ascii", "replace").strip()
@@ -104,6 +144,24 @@ def ask_amd(gpus: Mapping[str, Address], sys_folder: Path = Path("/sys")) -> Sai
         if numbers and all(number.isdigit() for number in numbers):
             free[name] = int(numbers[0]) - int(numbers[1])
     return Said(_read(sys_folder / "module" / "amdgpu" / "version"), free)
+
+
+def sense_amd(address: Address, sys_folder: Path = Path("/sys")) -> tuple[float | None, float | None]:
+    """The clock of a GPU's compute units in MHz and its power in W, as the amdgpu driver tells them on Linux."""
+    # Source: the Linux kernel's documentation of amdgpu, "HWMON Interfaces": hertz and microwatts.
+    folder = sys_folder / "bus" / "pci" / "devices" / (address.pci or "-") / "hwmon"
+
+    def read(*names: str) -> float | None:
+        told = [_read(file) for name in names for file in sorted(folder.glob(f"hwmon*/{name}"))]
+        return next((int(number) / 1_000_000 for number in told if number.isdigit()), None)
+
+    return read("freq1_input"), read("power1_average", "power1_input")
+
+
+def gpu_address(properties: Any) -> Address:
+    """Where the driver finds a GPU of torch's, from its device properties. Older versions of torch do not say all."""
+    pci = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    return Address(str(getattr(properties, "uuid", "")), pci_address(pci))
 
 
 def pci_address(parts: Iterable[int | None]) -> str:

@@ -86,6 +86,17 @@ class Sample:
         return f"was off by {found:.2g} (relative {limit.figure.upper()} against float32), allowed: {limit.value:.2g}"
 
 
+def sample_bytes(call: AttentionCall) -> int:
+    """What `sample_error` allocates for such a call, at most."""
+    width = _width(call.q_len, call.kv_len, call.head_dim, call.v_dim)
+    return max(width, min(call.heads * width, _SAMPLE_BYTES))
+
+
+def _width(q_len: int, kv_len: int, dim: int, v_dim: int) -> int:
+    """Bytes of one head: scores, weights and a mask of the sampled rows, and keys and values, in float32."""
+    return 4 * kv_len * (3 * min(ROWS, q_len) + dim + v_dim)
+
+
 def sample_error(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -105,8 +116,7 @@ def sample_error(
     scale = dim**-0.5 if scale is None else scale
     rows = torch.randint(q_len, (min(ROWS, q_len),), generator=generator, device=q.device)
     item = int(torch.randint(batch, (1,), generator=torch.Generator().manual_seed(generator.initial_seed())))
-    width = 4 * kv_len * (3 * len(rows) + dim + v.shape[-1])
-    step = max(1, min(heads, _SAMPLE_BYTES // width))
+    step = max(1, min(heads, _SAMPLE_BYTES // _width(q_len, kv_len, dim, v.shape[-1])))
     sums = torch.zeros(4, device=q.device, dtype=torch.float32)
     if mask is not None:
         mask = mask[item if mask.shape[0] > 1 else 0]

@@ -21,6 +21,7 @@ import torch
 
 from .call import AttentionCall
 from .clock import TIMED_DEVICES
+from .guard import sample_bytes
 from .kernel import Kernel
 from .link import HostLink
 from .machine import Machine
@@ -202,7 +203,7 @@ class Tuner:
             host = statistics.median(trial.seconds)
             if (known.ratio if known and known.pairs else _FIRST[q.device.type]) * host > allowed:
                 break
-            if reason := self._no_room(kernel, route, q):
+            if reason := self._no_room(kernel, route, q, known is None):
                 trial.no_room.setdefault(name, []).append(reason)
                 continue
             shadow = Shadow(kernel, route, first=known is None)
@@ -215,11 +216,12 @@ class Tuner:
         assert self._began is not None and self._timings is not None
         return self._saved + _SHARE * (time.perf_counter() - self._began) - self.spent
 
-    def _no_room(self, kernel: Kernel, route: Route, q: torch.Tensor) -> str:
+    def _no_room(self, kernel: Kernel, route: Route, q: torch.Tensor, first: bool) -> str:
         """Why a call of the kernel would raise the peak of the memory in use, or "": it runs before the real one."""
         call = route.call
         assert call is not None
-        need = kernel.workspace_bytes(call) + call.batch * call.heads * call.q_len * call.v_dim * q.element_size()
+        out = call.batch * call.heads * call.q_len * call.v_dim * q.element_size()
+        need = out + max(kernel.workspace_bytes(call), sample_bytes(call) if first else 0)
         spare = self._link.spare_bytes(call.device)
         if spare is None or need <= spare:
             return ""

@@ -27,7 +27,7 @@ class _Metadata(dict[str, Any]):
 _metadata: WeakValueDictionary[str, _Metadata] = WeakValueDictionary()
 
 
-def _server() -> Any:
+def server_instance() -> Any:
     """The running PromptServer, or None where ComfyUI is used as a library."""
     module = sys.modules.get("server")  # importing it would start half of ComfyUI where there is no server
     return getattr(getattr(module, "PromptServer", None), "instance", None)
@@ -38,7 +38,7 @@ def _executing() -> tuple[str | None, str | None]:
     try:
         from comfy_execution.utils import get_executing_context
     except ImportError:
-        server = _server()
+        server = server_instance()
         return getattr(server, "last_prompt_id", None), getattr(server, "last_node_id", None)
     context = get_executing_context()
     return (context.prompt_id, context.node_id) if context else (None, None)
@@ -85,7 +85,7 @@ def made_by(prompt: dict[str, Any], node: str) -> str:
 
 def running_prompt() -> tuple[str | None, dict[str, Any]]:
     """(id, API prompt) of what is being executed; None and empty where it cannot be told."""
-    server, (prompt_id, _node) = _server(), _executing()
+    server, (prompt_id, _node) = server_instance(), _executing()
     return prompt_id, _running(server, prompt_id)[0] if server is not None else {}
 
 
@@ -100,7 +100,7 @@ def prompt_context() -> dict[str, Any]:
     about |= {"steps": 0, "first_step": 0, "made_by": ""}
     try:
         about["prompt_id"], about["sampler_node"] = _executing()
-        server = _server()
+        server = server_instance()
         if server is not None:
             about["client_id"] = server.client_id
             prompt, extra = _running(server, about["prompt_id"])
@@ -116,13 +116,13 @@ def prompt_context() -> dict[str, Any]:
 
 def prompt_runs() -> bool:
     """Is a prompt being executed, or about to be?"""
-    server = _server()
+    server = server_instance()
     return server is not None and server.prompt_queue.get_tasks_remaining() > 0
 
 
 def say_on_node(text: str) -> None:
     """Show a line on the node that is being executed, while it is; newer hosts can."""
-    server, (_prompt, node) = _server(), _executing()
+    server, (_prompt, node) = server_instance(), _executing()
     if node is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node)
 
@@ -144,7 +144,7 @@ def watch_prompts() -> None:
     """
     from comfy.cli_args import args as launch
 
-    server = _server()
+    server = server_instance()
     if hasattr(server, "add_on_prompt_handler") and not launch.disable_metadata:
         server.add_on_prompt_handler(_watch_prompt)
 
@@ -164,7 +164,7 @@ def send_run(run: RunInfo) -> None:
     run.close()
     save(run, machine())
     _sign(run)
-    server = _server()
+    server = server_instance()
     if server is not None and run.client_id is not None:
         server.send_sync(EVENT, run.as_dict(), run.client_id)
 
@@ -175,7 +175,7 @@ def add_routes(list_kernels: Callable[[], list[dict[str, Any]]], default: Callab
     `GET /attune/runs`: the last runs, for a browser that was not there when they ended. `GET /attune/kernels`: every
     kernel in this ComfyUI, and whether it can run here. `GET /attune/default`: what the environment's default did.
     """
-    server = _server()
+    server = server_instance()
     if server is None or not hasattr(server, "routes"):
         return
     from aiohttp import web

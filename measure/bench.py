@@ -6,19 +6,20 @@ import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
 from ..attention.call import AttentionCall
+from ..attention.driver import Sense
 from ..attention.kernel import Kernel, Run, reasons_against
 from ..attention.machine import Machine
 from .bench_errors import ROWS, Truth, kernel_errors, right_answers
 from .bench_file import KIND, SCHEMA, UNITS, empty_row
 from .bench_inputs import Inputs, Tensors, input_bytes
-from .bench_machine import free_bytes, gib, machine_data
+from .bench_machine import free_bytes, gib, machine_data, sensing
 from .shapes import Shape
 from .timing import Effort, matmul_peak, measure
 
@@ -37,8 +38,9 @@ class Bench:
     """What is measured, and how.
 
     `verdicts` maps kernels to the reason why they must not be run in this process, "" where they may; a kernel that is
-    not in it may not. `scores` False refuses what allocates as much as the scores hold. `sense()` reads the device's
-    clock in MHz and power in W, None where the driver does not tell.
+    not in it may not. `scores` False refuses what allocates as much as the scores hold. `sense` reads the device's
+    clock and power in place of its driver. `stop()` is asked before each row and each timed call: True ends it all as
+    Ctrl+C does.
     """
 
     kernels: Sequence[Kernel]
@@ -50,8 +52,14 @@ class Bench:
     seed: int = 0
     scores: bool = True
     one_error: bool = False  # compare one kind of input only: where a call takes minutes
-    sense: Callable[[], tuple[float | None, float | None]] | None = None
+    sense: Sense | None = None
     told: Callable[[int, int, str], Any] = lambda _done, _all, _text: None
+    stop: Callable[[], bool] = lambda: False
+
+    def heed(self) -> None:
+        """Raises KeyboardInterrupt where the measuring is to end now."""
+        if self.stop():
+            raise KeyboardInterrupt
 
 
 class _DeviceLostError(RuntimeError):
@@ -107,11 +115,16 @@ def _figures(
     read: list[tuple[float | None, float | None]] = []
     sense = bench.sense
     inputs.begin()
+
+    def fresh() -> None:
+        bench.heed()
+        inputs.fresh()
+
     times = measure(
         lambda: run(*inputs.for_kernel(kernel.layout)),
         device,
         bench.effort,
-        inputs.fresh,
+        fresh,
         None if sense is None else lambda: read.append(sense()),
     )
     clock, power = read[0] if read else (None, None)
@@ -156,7 +169,7 @@ def _attempt(device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[s
 
 
 def run_bench(bench: Bench) -> dict[str, Any]:
-    """The result as docs/benchmarks.md describes it. On Ctrl+C it holds what was measured until then."""
+    """The result as docs/benchmarks.md describes it. On Ctrl+C, or told to stop, it holds what was measured so far."""
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "kind": KIND,
@@ -171,7 +184,8 @@ def run_bench(bench: Bench) -> dict[str, Any]:
     device = torch.device(bench.device)
     try:
         # Triton launches on the current GPU, whatever GPU the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), sensing(device) as sense:
+            bench = replace(bench, sense=bench.sense or sense)
             for number, case in enumerate(bench.cases):
                 _run_case(bench, case, number * len(bench.kernels), rows, result["peak_tflops"])
     except KeyboardInterrupt:
@@ -206,6 +220,7 @@ def _run_case(bench: Bench, case: Case, done: int, rows: list[dict[str, Any]], p
         return {}
 
     for place, kernel in enumerate(bench.kernels):
+        bench.heed()
         row = {**blank, "kernel": kernel.name}
         status, reason = refusal(bench, kernel, case, max(free, 0))
         if status:

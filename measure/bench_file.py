@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,13 +59,13 @@ def as_csv(result: Mapping[str, Any]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises OSError."""
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent or Path())
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # not mkstemp: others may read a result
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with part.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 

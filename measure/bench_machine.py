@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..attention.driver import Sense, gpu_address, sense_amd, sense_nvidia
 from ..attention.machine import Machine
 
 try:
@@ -32,6 +34,14 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cpu" and psutil is not None:
         return int(psutil.virtual_memory().available * _LEFT)
     return _ASSUMED
+
+
+def sensing(device: torch.device) -> AbstractContextManager[Sense | None]:
+    """Within it: what reads the device's clock in MHz and its power in W; None for a device without a driver to ask."""
+    if device.type != "cuda":
+        return nullcontext()
+    address = gpu_address(torch.cuda.get_device_properties(device))
+    return nullcontext(lambda: sense_amd(address)) if torch.version.hip else sense_nvidia(address)
 
 
 def processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 WIDTH = 100
 _HEAD = ("time", "spread", "TFLOP/s", "of peak", "memory", "cosine", "rel. L1", "rel. L2", "max")
 _RESTLESS = 0.1  # a spread that a quiet machine does not have
-_WIDTHS = (9, 7, 8, 8, 9, 9, 8, 8, 8)
+_WIDTHS = (9, 8, 8, 9, 9, 9, 8, 8, 8)
 
 
 def time_text(ms: float) -> str:
@@ -22,6 +23,8 @@ def time_text(ms: float) -> str:
 
 
 def speed_text(tflops: float) -> str:
+    if tflops < 0.01:
+        return f"{tflops:.2g}"
     return f"{tflops:.3f}" if tflops < 1 else f"{tflops:.2f}" if tflops < 10 else f"{tflops:.0f}"
 
 
@@ -91,10 +94,30 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     return ", ".join([*parts, str(machine.get("system", ""))]).rstrip(", ")
 
 
+def _at_work(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The device's clock and power over all rows, where its driver told them: other programs and limits show here."""
+    told = []
+    for name, unit in (("clock_mhz", "MHz"), ("power_w", "W")):
+        values = [round(row[name]) for row in rows if row[name] is not None]
+        if values:
+            low, high = min(values), max(values)
+            told.append(f"{low} {unit}" if low == high else f"{low} to {high} {unit}")
+    return [f"The GPU at work: {', '.join(told)}"] if told else []
+
+
+def _apart(reasons: str) -> list[str]:
+    """ "a (b; c); d" as ["a (b; c)", "d"]."""
+    parts = [""]
+    for piece in reasons.split("; "):
+        open_still = parts[-1].count("(") > parts[-1].count(")")
+        parts = [*parts[:-1], f"{parts[-1]}; {piece}"] if open_still else [*parts, piece]
+    return parts[1:]
+
+
 def _main_reasons(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], str]:
     """One reason for each row without figures: of several the one that most rows share, as "no CUDA device"."""
     split = {
-        (row["kernel"], row["shape"], row["dtype"]): row["reason"].split("; ")
+        (row["kernel"], row["shape"], row["dtype"]): _apart(row["reason"])
         if row["status"] == "refused"
         else [f"{row['status']}: {row['reason']}"]
         for row in rows
@@ -109,18 +132,25 @@ def _main_reasons(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], st
 
 
 def _not_run(cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Why kernels have no figures: each reason once, with its kernels, and with the cases where it is not for all."""
+    """Why kernels have no figures: each reason once, with its kernels, and with the cases where it is not for all.
+
+    Reasons of a kernel that differ in their numbers alone, as in the memory needed, are told by the first of them.
+    """
     rows = [row for members in cases.values() for row in members]
-    by_kernel: dict[tuple[str, str], list[str]] = {}
+    by_kernel: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for (kernel, shape, dtype), reason in _main_reasons(rows).items():
-        by_kernel.setdefault((reason, kernel), []).append(f"{shape} {dtype}")
+        without_numbers = re.sub(r"\d+(\.\d+)?", "0", reason)
+        by_kernel.setdefault((without_numbers, kernel), []).append((reason, f"{shape} {dtype}"))
     groups: dict[tuple[str, str], list[str]] = {}
-    for (reason, kernel), places in by_kernel.items():
+    for (_, kernel), told in by_kernel.items():
+        reason, places = told[0][0], [place for _, place in told]
         where = ""
-        if len(places) < len(cases):
+        if any(other != reason for other, _ in told):
+            where = f" ({places[0]}; {len(places) - 1} more with other numbers)"
+        elif len(places) < len(cases):
             where = f" ({', '.join(places[:2])}{f' and {len(places) - 2} more' if len(places) > 2 else ''})"
         groups.setdefault((reason, where), []).append(kernel)
-    lines = ["", "Without figures (all reasons: --json):"] if groups else []
+    lines = ["", "Without figures (all reasons: in the CSV or JSON file):"] if groups else []
     for (reason, where), kernels in groups.items():
         lines += _wrapped(f"  {reason}{where}: {', '.join(kernels)}", "    ")
     return lines
@@ -136,6 +166,7 @@ def table(result: Mapping[str, Any]) -> str:
         told = ", ".join(f"{speed_text(peak)} TFLOP/s in {dtype}" for dtype, peak in peaks.items())
         lines.append(f"Matrix product at best: {told}")
     measured = [row for row in rows if row["status"] == "measured"]
+    lines += _at_work(measured)
     width = max((len(row["kernel"]) for row in measured), default=0) + 1
     wrong: dict[str, list[Mapping[str, Any]]] = {}
     for title, members in cases.items():
@@ -162,7 +193,7 @@ def table(result: Mapping[str, Any]) -> str:
             "",
             *_wrapped(
                 "time: median; spread: the middle half of all calls, as a share of it; memory: peak beyond inputs and "
-                f"output; errors: the worst of the kinds of input, against float32, on {compared}.",
+                f"output (CUDA only); errors: the worst of the kinds of input, against float32, on {compared}.",
                 "",
             ),
         ]

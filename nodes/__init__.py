@@ -12,6 +12,8 @@ from ..host.comfyui import default_account, start, switched_off
 from ..host.process import kernels, machine, verdicts
 from ..host.server import add_routes, watch_prompts
 from .aliases import PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
+from .benchmark import AttentionBenchmark
+from .capture import AttentionCapture
 from .doctor import AttentionDoctor
 from .report import AttentionReport
 from .rule import AttentionRule
@@ -28,6 +30,8 @@ OWN: list[type[io.ComfyNode]] = [
     AttentionRule,
     AttentionDoctor,
     AttentionReport,
+    AttentionBenchmark,
+    AttentionCapture,
 ]
 OTHERS: list[type[io.ComfyNode]] = [Sage3AttentionOnlySwitch, PathchSageAttentionKJ, PatchFlashAttentionKJ]
 

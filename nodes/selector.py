@@ -43,8 +43,8 @@ class AttentionSelector(io.ComfyNode):
                     "kernel",
                     options=KERNELS,
                     default="auto",
-                    tooltip="auto: the best this machine can run. host: what ComfyUI itself does. Any other: exactly "
-                    "that one, where it can run.",
+                    tooltip="auto: the fastest this machine has, measured while you sample. host: what ComfyUI itself "
+                    "does. Any other: exactly that one, where it can run.",
                 ),
                 widget(
                     io.Combo,

@@ -23,6 +23,7 @@ OWN = {
         "dense_last_blocks", "preset",
     ],
     "AttentionRule": ["model", "kernel", "from_percent", "to_percent", "blocks", "kind"],
+    "AttentionCapture": ["model", "blocks", "steps", "kind", "max_mib", "filename_prefix"],
 }  # fmt: skip
 OLD = {
     "Sage3AttentionOnlySwitch": ["model", "enable", "print_backend"],
