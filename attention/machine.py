@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .builds import PACKAGES, Build, find_spec, installed_version, read_build
-from .driver import Address, Said, ask_amd, ask_nvidia, pci_address
+from .driver import Said, ask_amd, ask_nvidia, gpu_address
 
 
 class Architecture(Enum):
@@ -193,12 +193,6 @@ def fetched_kernel(name: str) -> Fetched | None:
     return _fetched.get(name)
 
 
-def _address(properties: Any) -> Address:
-    """Where the driver finds a GPU of torch's. Older versions of torch do not say all of it."""
-    pci = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
-    return Address(str(getattr(properties, "uuid", "")), pci_address(pci))
-
-
 def _cuda_devices() -> tuple[list[Device], Said]:
     """What torch calls cuda devices: NVIDIA's, or AMD's in its builds for ROCm. And what their driver says."""
     devices, addresses = [], {}
@@ -215,7 +209,7 @@ def _cuda_devices() -> tuple[list[Device], Said]:
             gfx=str(getattr(properties, "gcnArchName", "")).partition(":")[0] if hip else "",
         )
         devices.append(device)
-        addresses[device.name] = _address(properties)
+        addresses[device.name] = gpu_address(properties)
     said = (ask_amd if hip else ask_nvidia)(addresses)
     return [replace(device, free=said.free.get(device.name, 0)) for device in devices], said
 

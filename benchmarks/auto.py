@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     process.verdicts().settle(machine.main_device.name)  # before anything is timed
     latent = torch.zeros(1, 16, 1, 2 * 32, options.tokens // 32 * 2)
     generator = torch.Generator().manual_seed(0)
-    noise, text = torch.randn(latent.shape, generator=generator), torch.randn(1, 16, 768, generator=generator)
+    noise, text = torch.randn(latent.shape, generator=generator), torch.randn(1, 256, 768, generator=generator)
     models = {name: attach(model, Rule((name,), source="1")) for name in (*kernels, "auto")}
 
     def run(name: str, steps: int) -> tuple[float, float, torch.Tensor]:
