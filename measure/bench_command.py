@@ -106,7 +106,7 @@ def _write(options: argparse.Namespace, result: Mapping[str, Any], as_csv: Calla
 def _check_paths(options: argparse.Namespace) -> None:
     """What cannot work is told before minutes of measuring, not after."""
     if not 0 < options.seconds < float("inf"):
-        raise _UsageError(f"--seconds {options.seconds}: wanted a number above 0")
+        raise UsageError(f"--seconds {options.seconds}: wanted a number above 0")
     for path in (options.json, options.csv, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
