@@ -445,6 +445,7 @@ def test_unproved_asks_nobody(proved, capsys):
         (("--shapes", "nonsense"), "unknown set of shapes 'nonsense'; known are: wan2.2-14b"),
         (("--shape", "1,2,3"), "wanted B,H,N,M,D"),
         (("--dtypes", "int3"), "unknown data type int3"),
+        (("--seconds", "-1"), "--seconds -1.0: wanted a number above 0"),
         (("--device", "cuda:99"), "unknown device 'cuda:99'"),
         (("--json", "no such folder/x.json"), "there is no folder"),
         (("--plot", "x.txt"), "wanted a name that ends in .png"),
