@@ -125,6 +125,13 @@ def test_a_kernel_that_is_given_up_in_many_blocks_is_one_line():
     assert "Notes" not in runs_text([data_of(run)]), "it is not said twice"
 
 
+def test_what_measuring_took_is_told_where_there_was_some():
+    run = run_of(2, 2, lambda *_: "split")
+    assert "Measuring" not in runs_text([data_of(run)])
+    run.record.measuring = 0.0421
+    assert "Measuring kernels for auto took 0.042 s of the run." in runs_text([data_of(run)])
+
+
 def test_stages_are_numbered_and_named_by_their_steps():
     stages = [
         data_of(run_of(2, 2, lambda *_: "split", first_step=0, whole=4, sampler_node="12")),
