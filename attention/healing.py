@@ -15,7 +15,7 @@ from .policy import Rule
 from .router import Router
 from .routing import blame
 from .session import Forward, Session
-from .tuner import Turn
+from .trial import Turn
 
 log = logging.getLogger("attune")
 _RIDDLES = 2  # forwards with NaN and no culprit, after which every kernel that took part has to go

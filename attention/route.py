@@ -13,7 +13,7 @@ from .plan import Decision
 from .record import Trail
 
 if TYPE_CHECKING:
-    from .tuner import Trial
+    from .trial import Trial
 
 
 class Route:

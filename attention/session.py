@@ -15,7 +15,8 @@ from .guard import Finding, Place, Sampler, Watch
 from .policy import Rule
 from .record import Record, Trail
 from .route import Route
-from .tuner import Tuner, Turn
+from .trial import Turn
+from .tuner import Tuner
 
 if TYPE_CHECKING:
     from .router import Router

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,14 @@ _MARGIN = 2.0  # times the host's own error: an exact kernel may be off by that 
 
 
 class Shadow:
-    """A call of `kernel` beside a call of `route`. `first`: it is warmed up before, and compared with float32.
+    """A call of `kernel` beside a call of `route`, `times` times. `first`: warmed up, and compared with float32.
 
     Nothing is read from the device before `result` and `cost`.
     """
 
-    def __init__(self, kernel: Kernel, route: Route, first: bool) -> None:
+    def __init__(self, kernel: Kernel, route: Route, times: int, first: bool) -> None:
         self.kernel = kernel
+        self.times = times
         self.first = first
         self._route = route
         self._reason = ""
@@ -43,12 +46,15 @@ class Shadow:
         try:
             beside = self._route.beside(self.kernel, q, k, v)
             self._marks = [now(q.device)]
+            out: torch.Tensor | None = None
             if self.first and q.is_cuda:  # a CPU has nothing to warm that this call does not warm as well
                 beside.attend(q, k, v, mask)
             self._marks.append(now(q.device))
-            out = beside.attend(q, k, v, mask)
-            self._marks.append(now(q.device))
-            if self.first:
+            for _ in range(self.times):
+                out = None  # freed before the next one
+                out = beside.attend(q, k, v, mask)
+                self._marks.append(now(q.device))
+            if self.first and out is not None:
                 self._sums = self._compare(beside, q, k, v, mask, out)
             self._marks.append(now(q.device))
         except Exception as error:
@@ -105,7 +111,9 @@ class Shadow:
             known = Measured((), l1, l2, self._wrong(l2, host_l2))
         if host_seconds is None or host_seconds <= 0:
             return known
-        return known.with_pair(seconds_between(self._marks[1], self._marks[2]), host_seconds)
+        calls = self._marks[1:-1]
+        own = statistics.median(seconds_between(begin, end) for begin, end in itertools.pairwise(calls))
+        return known.with_pair(own, host_seconds)
 
     def _wrong(self, l2: float, host_l2: float) -> str:
         """Why this error is more than an exact kernel may have. What a lossy one may have, the budget decides."""

@@ -13,7 +13,6 @@ import logging
 import statistics
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,82 +28,22 @@ from .plan import HOST
 from .policy import Rule
 from .prepare import signature
 from .record import Record
-from .shadow import Shadow, Timed
+from .shadow import Shadow
 from .timings import Measured, Workload, contenders, ranked, to_measure
+from .trial import Trial, Turn
 
 if TYPE_CHECKING:
     from .route import Route
 
 log = logging.getLogger("attune")
 _SHARE = 0.01  # of the time that sampling has taken so far
-# What the first timing of a kernel costs, in calls of the host's attention: it is compared, on a GPU also warmed up.
-_FIRST = {"cpu": 1.5, "cuda": 2.5}
+# What the first timing of a kernel costs more, in calls of the host's attention: comparing, on a GPU also warming up.
+_FIRST = {"cpu": 0.5, "cuda": 1.5}
+_SHORT, _REPEATS = 0.005, 3  # calls below so many seconds are repeated: single ones tell little
 _CARRIED = 10.0  # seconds of measuring that short runs may save up: one call of the longest sequences takes half of one
 _PATIENCE = 3  # forwards in which a candidate found no memory, after which it is left out
 _SLOWER = 1.25  # times what the host's own attention took: a chosen kernel has turned slow
 _SURE = 3  # forwards in which it has to have been so
-
-
-class Trial:
-    """One workload under one wish, in one run.
-
-    names: kernels worth a measurement. order: all kernels of the wish, the one that computes it first. found: what is
-    known of them.
-    """
-
-    def __init__(
-        self, workload: Workload, names: Sequence[str], order: tuple[str, ...], found: dict[str, Measured]
-    ) -> None:
-        self.workload = workload
-        self.names = names
-        self.order = order
-        self.found = found
-        self.seconds: list[float] = []  # of calls as `chosen` computed them
-        self.calls = 0  # in a forward
-        self.no_room: dict[str, list[str]] = {}
-
-    @property
-    def chosen(self) -> str:
-        return self.order[0]
-
-    @property
-    def waiting(self) -> list[str]:
-        """What needs another timing; nothing where the choice was made before."""
-        return to_measure(self.names, self.order, self.found) if self.chosen == HOST else []
-
-    @property
-    def weight(self) -> float:
-        return self.workload.operations * self.calls
-
-
-class Turn:
-    """One forward's part: at most one call is timed."""
-
-    def __init__(self, tuner: Tuner, target: Trial | None, at: int) -> None:
-        self._tuner = tuner
-        self._target = target
-        self._at = at  # which of the target's calls, counted from 0
-        self.counts: Counter[Trial] = Counter()
-        self.timed: Timed | None = None
-
-    @property
-    def target(self) -> Trial | None:
-        return self._target
-
-    def begin(
-        self, route: Route, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> Timed | None:
-        """A call of a route with a trial is about to run. What comes back is to be told of its end."""
-        trial = route.trial
-        assert trial is not None
-        number = self.counts[trial]
-        self.counts[trial] = number + 1
-        if trial is not self._target or number != self._at or self.timed is not None:
-            return None
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        self.timed = self._tuner.time(trial, route, q, k, v, mask)
-        return self.timed
 
 
 class Tuner:
@@ -187,7 +126,7 @@ class Tuner:
             # Another call each time, so that no block speaks for all.
             return Turn(self, target, self._turns % target.calls if target is not None and target.calls else 0)
 
-    def time(
+    def shadow(
         self,
         trial: Trial,
         route: Route,
@@ -195,21 +134,23 @@ class Tuner:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
-    ) -> Timed:
-        """Time this call, and before it a candidate on the same tensors, where time and memory allow."""
+    ) -> Shadow | None:
+        """Compute this call by a candidate as well, where time and memory allow."""
         allowed = self._allowed()
         for name in trial.waiting if trial.seconds else ():
             known, kernel = trial.found.get(name), self._kernels[name]
             host = statistics.median(trial.seconds)
-            if (known.ratio if known and known.pairs else _FIRST[q.device.type]) * host > allowed:
+            times = _REPEATS if host < _SHORT else 1
+            cost = known.ratio * host * times if known and known.pairs else (_FIRST[q.device.type] + times) * host
+            if cost > allowed:
                 break
             if reason := self._no_room(kernel, route, q, known is None):
                 trial.no_room.setdefault(name, []).append(reason)
                 continue
-            shadow = Shadow(kernel, route, first=known is None)
+            shadow = Shadow(kernel, route, times, first=known is None)
             shadow.run(q, k, v, mask, self._link)
-            return Timed(q.device, shadow)
-        return Timed(q.device)
+            return shadow
+        return None
 
     def _allowed(self) -> float:
         """Seconds that measuring may take now."""
@@ -235,14 +176,14 @@ class Tuner:
         with self._lock:
             for trial, calls in turn.counts.items():
                 trial.calls = calls
-            timed, trial_ = turn.timed, turn.target
-            if timed is None or trial_ is None or not good:
+            trial_ = turn.target
+            if trial_ is None or not turn.timed or not good:
                 return False
             try:
-                seconds, shadow = timed.seconds, timed.shadow
+                seconds = turn.seconds()
                 if seconds is not None:
                     trial_.seconds.append(seconds)
-                if shadow is not None:
+                if (shadow := turn.shadow) is not None:
                     self.spent += shadow.cost
                     self._record.measuring = self.spent
                     name = shadow.kernel.name

@@ -38,10 +38,10 @@ ALLOWED = {
 # Inside attention/, imports run one way.
 ORDER = [
     "call", "builds", "driver", "machine", "kernel", "listing", "policy", "plan", "timings", "prepare", "clock",
-    "history", "entries", "record", "account", "link", "guard", "route", "shadow", "tuner", "check", "session",
+    "history", "entries", "record", "account", "link", "guard", "route", "shadow", "trial", "tuner", "check", "session",
     "compiled", "routing", "router", "chained", "healing",
 ]  # fmt: skip
-TYPES_ONLY = {("session", "router"), ("routing", "router"), ("guard", "route"), ("route", "tuner")}
+TYPES_ONLY = {("session", "router"), ("routing", "router"), ("guard", "route"), ("route", "trial"), ("trial", "tuner")}
 
 
 def modules(folder: str) -> list[Path]:
