@@ -158,7 +158,9 @@ def make_plan(
         return _reasons(name, kernels, machine, unfit or {}, call, None, free_bytes)
 
     def order(rule: Rule, wish: str, names: tuple[str, ...]) -> tuple[str, ...]:
-        return prefer(call, rule, wish, names, [name for name in names if not reasons_of(name)])
+        # Whatever memory is free just now: else a kernel that had no room in one run would open the choice in the next.
+        able = [name for name in names if not _reasons(name, kernels, machine, unfit or {}, call, None)]
+        return prefer(call, rule, wish, names, able)
 
     decisions: list[Decision] = []
     of_rule: list[Decision] = []

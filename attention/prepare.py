@@ -10,14 +10,15 @@ from .call import AttentionCall, Layout
 from .kernel import Kernel
 from .timings import Timings
 
-_LENGTH = 256  # tokens: enough for every path of a kernel, and nothing for a GPU
+_PERIOD = 2048  # 16 blocks of 128 tokens: beyond it lengths only repeat what Triton tells apart
 Signature = tuple[str, ...]
 
 
 def signature(kernel: Kernel, call: AttentionCall) -> Signature:
-    """What a compiled kernel is compiled for: (kernel, device, dtype, dimensions, mask, groups, remainders of lengths).
+    """What a compiled kernel is compiled for: (kernel, device, dtype, dimensions, mask, heads, shortened lengths).
 
-    Triton compiles anew for another data type, another constant, and for integers that are divisible by 16 or are not.
+    Triton compiles anew for another data type, another constant (SageAttention's number of heads is one), and for
+    integers that are 1, divisible by 16, or neither: lengths, strides, and numbers of blocks of 64 or 128 tokens.
     """
     mask = f"{call.mask.kind} {' '.join('1' if size == 1 else 'n' for size in call.mask.shape)}" if call.mask else ""
     return (
@@ -27,17 +28,21 @@ def signature(kernel: Kernel, call: AttentionCall) -> Signature:
         str(call.head_dim),
         str(call.v_dim),
         mask,
-        str(call.heads // call.kv_heads),
-        str(call.q_len % 16),
-        str(call.kv_len % 16),
+        str(call.heads),
+        str(call.kv_heads),
+        str(_short(call.q_len)),
+        str(_short(call.kv_len)),
     )
+
+
+def _short(tokens: int) -> int:
+    return tokens if tokens < _PERIOD else _PERIOD + tokens % _PERIOD
 
 
 def _tensors(kernel: Kernel, wanted: Signature) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """q, k, v in the kernel's layout, and a mask, of a small call with that signature."""
-    _, device, dtype_name, head_dim, v_dim, mask, groups, q_rest, kv_rest = wanted
-    dtype, heads = getattr(torch, dtype_name), int(groups)
-    q_len, kv_len = _LENGTH + int(q_rest), _LENGTH + int(kv_rest)
+    _, device, dtype_name, head_dim, v_dim, mask, *numbers = wanted
+    dtype, (heads, kv_heads, q_len, kv_len) = getattr(torch, dtype_name), map(int, numbers)
     bhnd = kernel.layout is Layout.BHND
 
     def made(heads: int, length: int, dim: str) -> torch.Tensor:
@@ -45,7 +50,7 @@ def _tensors(kernel: Kernel, wanted: Signature) -> tuple[list[torch.Tensor], tor
         tensor = torch.zeros(shape, dtype=dtype, device=device)
         return tensor.transpose(1, 2) if bhnd else tensor
 
-    tensors = [made(heads, q_len, head_dim), made(1, kv_len, head_dim), made(1, kv_len, v_dim)]
+    tensors = [made(heads, q_len, head_dim), made(kv_heads, kv_len, head_dim), made(kv_heads, kv_len, v_dim)]
     if not mask:
         return tensors, None
     kind, *dims = mask.split()

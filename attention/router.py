@@ -174,8 +174,8 @@ class Router:
             demote(self, forward, key, route, failure)
             route = new_route(self, forward, key, q, k, v, mask, transformer_options)
         known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
-        token = CURRENT.set(BUSY)  # whatever the host calls inside is its own business
         timed = forward.turn.begin(route, q, k, v, mask) if route.trial and forward.turn else None
+        token = CURRENT.set(BUSY)  # whatever the host calls inside is its own business
         mark = forward.clock.start(q.device) if forward.clock else None
         try:
             out = self.link.plain(func)(

@@ -130,7 +130,7 @@ def new_route(
         route.call = call
         route.scale = scale
         route.skips = (skip_reshape, skip_output)
-        route.trial = forward.session.tuner.trial(call, route.trail[-1].requested, route.name)
+        route.trial = forward.session.tuner.trial(call, route.trail[-1])
         # The host's own attention is watched where it is another package's, or where nothing else could be.
         route.guarded = forward.rules is not None or router.machine.host_attention not in PLAIN_HOSTS
         if route.kernel is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import median, median_low
 from typing import NamedTuple
 
 from .call import AttentionCall
@@ -14,9 +14,8 @@ from .machine import Machine
 from .plan import HOST
 
 MOST = 3  # kernels that are measured for a workload, besides the host's own attention
-# Timings of a kernel, by how near it is to the best so far: one is enough beyond twice its time, three are for the
-# nearest. The machine may do other things during any one of them.
-_TIMES = ((2.0, 1), (1.1, 2), (0.0, 3))
+# Timings of a kernel: two, as the machine may do other things during one, and a third where it is near the best.
+_NEAR, _TIMES = 1.5, (2, 3)
 _GAIN = 0.98  # of the host's time, or less, is worth a change: above that, noise decides
 # Below this many operations a call is left to the host: there is nothing to gain. Some 10 µs of a large GPU, 50 of a
 # small one, 2 ms of a CPU's core.
@@ -98,8 +97,11 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Its share of the host's time; infinite where it is out of the question."""
-        return median(own / host for own, host in self.pairs) if self.pairs and not self.reason else float("inf")
+        """Its share of the host's time; infinite where it is out of the question.
+
+        The median, and of two the smaller: a kernel that was disturbed gets its third timing.
+        """
+        return median_low(own / host for own, host in self.pairs) if self.pairs and not self.reason else float("inf")
 
     @property
     def host_seconds(self) -> float:
@@ -125,13 +127,13 @@ def to_measure(names: Sequence[str], wished: Iterable[str], found: Found) -> lis
 
     wished: all kernels of the wish, also those that cannot run just now and were measured before.
     """
-    room = MOST - len(found.keys() & set(wished))
-    new = [name for name in names if name not in found][: max(0, room)]
+    best_guesses = [name for name in wished if name in names or name in found][:MOST]
+    new = [name for name in best_guesses if name in names and name not in found]
     begun = [name for name in names if name in found and not found[name].reason]
     best = min([1.0, *(found[name].ratio for name in begun)])
 
     def enough(measured: Measured) -> int:
-        return next(times for near, times in _TIMES if measured.ratio > best * near)
+        return _TIMES[measured.ratio <= best * _NEAR]
 
     begun = [name for name in begun if len(found[name].pairs) < enough(found[name])]
     return new + sorted(begun, key=lambda name: len(found[name].pairs))
@@ -166,6 +168,9 @@ class Timings:
         self.to_compile: dict[tuple[str, ...], None] = {}
         self.compiled: set[tuple[str, ...]] = set()
         self.allowance = 0.0
+        self.host_seconds: dict[str, float] = {}  # of one call, by workload: a run of two forwards cannot find it anew
+        self.forgotten: set[str] = set()
+        self.slow: set[str] = set()  # workloads whose chosen kernel was slow in the last run
         self.changed = False
         self._lock = threading.Lock()
 
@@ -186,6 +191,8 @@ class Timings:
         """What was measured does not hold any more: the next run begins anew."""
         with self._lock:
             self.changed = self.known.pop(workload.key, None) is not None or self.changed
+            self.forgotten.add(workload.key)
+            self.slow.discard(workload.key)
 
     def must_compile(self, signature: tuple[str, ...]) -> bool:
         """Would a call with this signature start a compiler? It is noted down either way, for the next run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .plan import HOST
-from .shadow import Shadow, Timed
+from .shadow import Shadow, Timed, quick
 from .timings import Measured, Workload, to_measure
 
 if TYPE_CHECKING:
@@ -35,7 +34,10 @@ class Trial:
         self.order = order
         self.found = found
         self.seconds: list[float] = []  # of calls as `chosen` computed them
+        self.unread: list[Turn] = []  # forwards that timed such calls, of which nothing has been read yet
         self.calls = 0  # in a forward
+        self.seen = 0  # the number of the last forward that made such calls
+        self.expected = 0.0  # seconds of one call, as an earlier run found them
         self.no_room: dict[str, list[str]] = {}
 
     @property
@@ -61,11 +63,17 @@ class Turn:
         self._at = at  # which of the target's calls, counted from 0
         self.counts: Counter[Trial] = Counter()
         self.timed: list[Timed] = []
+        self._behind_shadow: list[Timed] = []
         self.shadow: Shadow | None = None
 
     @property
     def target(self) -> Trial | None:
         return self._target
+
+    @property
+    def any(self) -> bool:
+        """Was a call timed?"""
+        return bool(self.timed or self._behind_shadow)
 
     def begin(
         self, route: Route, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
@@ -75,17 +83,26 @@ class Turn:
         assert trial is not None
         number = self.counts[trial]
         self.counts[trial] = number + 1
+        if self._target is None and trial.waiting:  # a run's first forward, which may be its only one
+            self._target, self._at = trial, number
         if trial is not self._target or not 0 <= number - self._at + _AROUND < 2 * _AROUND:
             return None
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        shadow = None
+        first = None
         if number == self._at:
-            shadow = self.shadow = self._tuner.shadow(trial, route, q, k, v, mask)
-        self.timed.append(Timed(q.device, shadow))
-        return self.timed[-1]
+            first = self.shadow = self._tuner.shadow(trial, route, q, k, v, mask)
+        elif self.shadow is not None and 0 < number - self._at < self.shadow.times:
+            self.shadow.again(route, q, k, v, mask, self._tuner.link)
+        shadowed = self.shadow is not None and 0 <= number - self._at < self.shadow.times
+        timed = Timed(q.device, first)
+        (self._behind_shadow if shadowed else self.timed).append(timed)
+        return timed
 
     def seconds(self) -> float | None:
-        """What a call took as the run made it, the median of those that were timed. Waits for the device."""
-        taken = [seconds for one in self.timed if (seconds := one.seconds) is not None]
-        return statistics.median(taken) if taken else None
+        """What a call took as the run made it, of those that were timed. Waits for the device.
+
+        Those right behind a candidate found their tensors in the caches: they count where there are no others.
+        """
+        taken = [seconds for one in self.timed or self._behind_shadow if (seconds := one.seconds) is not None]
+        return quick(taken) if taken else None

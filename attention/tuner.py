@@ -1,10 +1,10 @@
 """`auto`, measured: kernels are timed on the tensors of the run itself, beside the host's own attention.
 
-Until the choice for a workload is made, the host's own attention computes it. Once in a forward at most, one of its
-calls is computed by a candidate as well: timed, compared with float32, and thrown away. Both are timed in the same
-call, so what else the machine does hits both. When all candidates are known the fastest takes over, between two
-forwards. All of it takes at most one percent of the time that sampling has taken so far, earlier runs included; what
-is not known then is measured in later runs.
+Until the choice for a workload is made, the host's own attention computes it. In a forward, one candidate at most
+computes one of its calls as well, or a few where they are short: timed, compared with float32, and thrown away. The
+host's own are timed around it, so what else the machine does hits both. When all candidates are known the fastest takes
+over, between two forwards. All of it takes at most one percent of the time that sampling has taken so far, earlier runs
+included; what is not known then is measured in later runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .guard import sample_bytes
 from .kernel import Kernel
 from .link import HostLink
 from .machine import Machine
-from .plan import HOST
+from .plan import HOST, Decision
 from .policy import Rule
 from .prepare import signature
 from .record import Record
@@ -43,6 +43,7 @@ _SHORT, _REPEATS = 0.005, 3  # calls below so many seconds are repeated: single 
 _CARRIED = 10.0  # seconds of measuring that short runs may save up: one call of the longest sequences takes half of one
 _PATIENCE = 3  # forwards in which a candidate found no memory, after which it is left out
 _SLOWER = 1.25  # times what the host's own attention took: a chosen kernel has turned slow
+_RECENT = 8  # forwards after which a workload is taken to be over: nothing is waited for in vain
 _SURE = 3  # forwards in which it has to have been so
 
 
@@ -52,11 +53,11 @@ class Tuner:
     def __init__(
         self, kernels: Mapping[str, Kernel], machine: Machine, link: HostLink, record: Record, measures: bool
     ) -> None:
-        self._kernels, self._machine, self._link, self._record = kernels, machine, link, record
+        self._kernels, self._machine, self.link, self._record = kernels, machine, link, record
         self._timings = link.timings
         self._measures = measures
         self._found: dict[Workload, dict[str, Measured]] = {}  # read once: a run keeps to what it began with
-        self._trials: dict[tuple[Workload, str], Trial] = {}
+        self._trials: dict[tuple[Workload, str, str], Trial] = {}  # by wish and source: each rule has its own budget
         self._began: float | None = None
         self._saved = 0.0  # seconds of measuring that earlier runs have left
         self.spent = 0.0  # seconds
@@ -74,26 +75,28 @@ class Tuner:
         if workload.tiny:
             return host_first if self._measures else wished
         with self._lock:
-            if (workload, wish) in self._trials:  # a plan that is made again, because a kernel failed
-                return self._trials[workload, wish].order
+            key = (workload, wish, rule.source)
+            if key in self._trials:  # a plan that is made again, because a kernel failed
+                return self._trials[key].order
             if workload not in self._found:
                 self._found[workload] = self._timings.of(workload)
             found = self._found[workload]
             names = contenders(runnable, self._machine, workload.device_type)
-            names = [name for name in names if not self._must_compile(name, call)]
+            names = [name for name in names if not (self._measures and self._must_compile(name, call))]
             open_ = bool(to_measure(names, wished, found))
             if not self._measures:
                 return wished if open_ or not found else ranked(wished, found, rule.error_budget, self._kernels)
             order = host_first if open_ else ranked(wished, found, rule.error_budget, self._kernels)
             if HOST in wished:
-                self._trials[workload, wish] = Trial(workload, names, order, found)
+                trial = self._trials[key] = Trial(workload, names, order, found)
+                trial.expected = self._timings.host_seconds.get(workload.key, 0.0)
             return order
 
-    def trial(self, call: AttentionCall, wish: str, kernel: str) -> Trial | None:
-        """What is to be timed in calls like this one, which `kernel` computes by that wish."""
+    def trial(self, call: AttentionCall, taken: Decision) -> Trial | None:
+        """What is to be timed in calls like this one, for which `taken` was decided."""
         with self._lock:
-            trial = self._trials.get((Workload.of(call), wish))
-        return trial if trial is not None and trial.chosen == kernel else None
+            trial = self._trials.get((Workload.of(call), taken.requested, taken.source))
+        return trial if trial is not None and trial.chosen == taken.kernel else None
 
     def failed(self, call: AttentionCall, kernel: str, reason: str) -> None:
         """A kernel failed in the middle of a run: `auto` does not take it for such calls any more."""
@@ -117,14 +120,15 @@ class Tuner:
                 return None
             if self._began is None:
                 self._began, self._saved = time.perf_counter(), self._timings.allowance
-            self._turns += 1
             # First what takes most of the time, then whether a chosen kernel still is as fast as it was.
-            target = max((one for one in self._trials.values() if one.waiting), key=_weight, default=None)
+            recent = [one for one in self._trials.values() if one.waiting and self._turns - one.seen < _RECENT]
+            target = max(recent, key=_weight, default=None)
             if target is None:
                 known = [one for one in self._trials.values() if one.chosen != HOST and one.calls]
                 target = known[self._turns % len(known)] if known else None
             # Another call each time, so that no block speaks for all.
-            return Turn(self, target, self._turns % target.calls if target is not None and target.calls else 0)
+            calls = max(1, target.calls - _REPEATS + 1) if target is not None else 1
+            return Turn(self, target, self._turns % calls)
 
     def shadow(
         self,
@@ -137,9 +141,9 @@ class Tuner:
     ) -> Shadow | None:
         """Compute this call by a candidate as well, where time and memory allow."""
         allowed = self._allowed()
-        for name in trial.waiting if trial.seconds else ():
+        host = statistics.median(trial.seconds) if trial.seconds else trial.expected
+        for name in trial.waiting if host else ():
             known, kernel = trial.found.get(name), self._kernels[name]
-            host = statistics.median(trial.seconds)
             times = _REPEATS if host < _SHORT else 1
             cost = known.ratio * host * times if known and known.pairs else (_FIRST[q.device.type] + times) * host
             if cost > allowed:
@@ -148,7 +152,7 @@ class Tuner:
                 trial.no_room.setdefault(name, []).append(reason)
                 continue
             shadow = Shadow(kernel, route, times, first=known is None)
-            shadow.run(q, k, v, mask, self._link)
+            shadow.run(q, k, v, mask, self.link)
             return shadow
         return None
 
@@ -163,7 +167,7 @@ class Tuner:
         assert call is not None
         out = call.batch * call.heads * call.q_len * call.v_dim * q.element_size()
         need = out + max(kernel.workspace_bytes(call), sample_bytes(call) if first else 0)
-        spare = self._link.spare_bytes(call.device)
+        spare = self.link.spare_bytes(call.device)
         if spare is None or need <= spare:
             return ""
         return f"would raise the peak of memory: needs {need / 2**20:,.0f} MiB, {max(0, spare) / 2**20:,.0f} are unused"
@@ -174,26 +178,33 @@ class Tuner:
         good: its result counts.
         """
         with self._lock:
+            self._turns += bool(turn.counts)  # a forward around another one has no calls of its own
             for trial, calls in turn.counts.items():
-                trial.calls = calls
+                trial.calls, trial.seen = calls, self._turns
             trial_ = turn.target
-            if trial_ is None or not turn.timed or not good:
+            if trial_ is None or not turn.any or not good:
+                return False
+            if trial_.chosen != HOST:
+                trial_.unread.append(turn)  # read when the run is over: nothing waits for the device here
                 return False
             try:
                 seconds = turn.seconds()
                 if seconds is not None:
                     trial_.seconds.append(seconds)
+                    if self._timings is not None:
+                        self._timings.host_seconds[trial_.workload.key] = statistics.median(trial_.seconds)
                 if (shadow := turn.shadow) is not None:
                     self.spent += shadow.cost
                     self._record.measuring = self.spent
                     name = shadow.kernel.name
-                    self._learn(trial_, name, shadow.result(trial_.found.get(name), seconds))
+                    if (measured := shadow.result(trial_.found.get(name), seconds)) is not None:
+                        self._learn(trial_, name, measured)
                 for name, reasons in trial_.no_room.items():
                     if len(reasons) == _PATIENCE:
                         self._learn(trial_, name, Measured(reason=reasons[-1]))
                 if trial_.chosen == HOST and not trial_.waiting:
                     return self._settle(trial_)
-            except RuntimeError as error:  # a device that is lost tells nothing more
+            except Exception as error:  # a device that is lost, a kernel that tells nonsense: never the run's concern
                 log.debug("A kernel's time could not be read: %s", error)
             return False
 
@@ -204,25 +215,32 @@ class Tuner:
 
     def _settle(self, trial: Trial) -> bool:
         """All that is to be known is known: the next forward begins with the fastest."""
-        for key in [key for key, one in self._trials.items() if one is trial]:
-            del self._trials[key]
+        for key, one in list(self._trials.items()):
+            if one.workload == trial.workload and one.chosen == HOST and not one.waiting:
+                del self._trials[key]
         told = ", ".join(_told(name, measured) for name, measured in trial.found.items() if name in trial.order)
         self._record.note(f"auto measured {trial.workload}, in shares of the time of the host's own attention: {told}")
         return True
 
     def close(self) -> None:
-        """The run is over. A chosen kernel that was slower than the host's own had been is measured anew next time."""
+        """The run is over. A kernel that was slower than the host's own had been, twice, is measured anew next time."""
         with self._lock:
             if self._timings is not None and self._began is not None:
                 waiting = any(trial.waiting for trial in self._trials.values())
-                self._timings.allowance = min(_CARRIED, self._allowed()) if waiting else 0.0
+                most = _CARRIED if waiting else max(0.0, self._saved)  # other shapes may still need what was saved
+                self._timings.allowance = min(most, self._allowed())
                 self._timings.changed = self._timings.changed or waiting
             for trial in self._trials.values():
+                trial.seconds += [seconds for turn in trial.unread if (seconds := turn.seconds()) is not None]
                 known = trial.found.get(trial.chosen)
                 if self._timings is None or known is None or len(trial.seconds) < _SURE:
                     continue
                 host, took = known.host_seconds, statistics.median(trial.seconds)
-                if host > 0 and took > _SLOWER * host:
+                if not took > _SLOWER * host > 0:
+                    self._timings.slow.discard(trial.workload.key)
+                elif trial.workload.key not in self._timings.slow:  # perhaps the machine as a whole was slower
+                    self._timings.slow.add(trial.workload.key)
+                else:
                     self._timings.forget(trial.workload)
                     self._record.note(
                         f"{trial.chosen} took {1000 * took:.3g} ms for {trial.workload}, and the host's own attention "

@@ -98,11 +98,16 @@ def save(timings: Timings, folder: Path, machine: str) -> None:
     timings.changed = False
 
     def add(state: State) -> None:
-        known = {workload: dict(kernels) for workload, kernels in list(timings.known.items())[-_WORKLOADS:]}
-        state.pop(machine, None)
+        known = {
+            workload: {name: asdict(one) for name, one in found.items()}
+            for workload, found in list(timings.known.items())
+        }
+        before = state.pop(machine, {"workloads": {}})["workloads"]
+        # What other processes have found meanwhile stays.
+        others = {key: one for key, one in before.items() if key not in known and key not in timings.forgotten}
         state[machine] = {  # to the end: the machine that was used last
             "when": int(time.time()),
-            "workloads": {key: {name: asdict(one) for name, one in found.items()} for key, found in known.items()},
+            "workloads": dict(list({**others, **known}.items())[-_WORKLOADS:]),
             "allowance": timings.allowance,
             "to_compile": [list(one) for one in list(timings.to_compile)[-_SIGNATURES:]],
         }

@@ -48,6 +48,21 @@ def test_what_is_kept_is_bounded_and_the_last_used_stay(tmp_path):
     assert len(state) == 20 and "here" not in state and "other 24" in state
 
 
+def test_two_processes_keep_what_each_has_found_and_what_was_forgotten_stays_away(tmp_path):
+    one, other = some(), Timings()
+    other.keep(WORKLOAD._replace(q_len=64), "split", Measured(reason="x"))
+    save(one, tmp_path, "here")
+    save(other, tmp_path, "here")
+    both = Timings()
+    load(both, tmp_path, "here")
+    assert len(both.known) == 2
+    one.forget(WORKLOAD)
+    save(one, tmp_path, "here")
+    later = Timings()
+    load(later, tmp_path, "here")
+    assert list(later.known) == [WORKLOAD._replace(q_len=64).key]
+
+
 @pytest.mark.parametrize(
     "change",
     [
