@@ -1,0 +1,86 @@
+"""From tensors to launches: buffers and arguments of the kernels in quantise.py and forward.py."""
+
+# mypy: disable-error-code="import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .._common import capability
+from .forward import attend
+from .quantise import CHANNELS, STATISTICS, collect_statistics, quantise
+from .tiles import Tile, chunk_plan, tile_for, width_of
+
+# TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
+INTERPRETED = not isinstance(attend, triton.JITFunction)
+_AXES = (0, 2, 1, 3)  # strides are handed over in the order batch, head, token, channel
+
+
+def int8_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """softmax(scale · Q Kᵀ + mask) V in three launches.
+
+    q (B, N, H, D), k and v (B, M, Hkv, D) with any strides, mask and scale as in `Run`. Returns (B, N, H, D).
+    `tile` is for tests and benchmarks; by default it is what fits the GPU and the call.
+    """
+    batch, q_len, heads, dim = q.shape
+    kv_len, kv_heads = k.shape[1], k.shape[2]
+    if tile is None:
+        tile = tile_for(capability(q), dim, mask is not None)
+    width, plan = width_of(dim), chunk_plan(kv_len)
+    key_heads = batch * kv_heads
+    device, float32 = q.device, torch.float32
+    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=device)
+    k8 = torch.empty((key_heads * plan.padded, width), dtype=torch.int8, device=device)
+    if tile.fp8:
+        v8 = torch.empty((key_heads * width, plan.padded), dtype=torch.float8_e4m3fn, device=device)
+    else:
+        v8 = torch.empty((key_heads * plan.padded, width), dtype=torch.float16, device=device)
+    k_scale = torch.empty((key_heads, plan.padded), dtype=float32, device=device)
+    statistics = torch.empty((key_heads, plan.chunks, STATISTICS.value, width), dtype=float32, device=device)
+    residual = torch.empty((key_heads, plan.chunks, width), dtype=float32, device=device)
+    channels = torch.empty((key_heads, CHANNELS.value, width), dtype=float32, device=device)
+
+    strides = [tensor.stride(axis) for tensor in (k, v) for axis in _AXES]
+    programs = (key_heads * plan.chunks,)
+    collect_statistics[programs](
+        k, v, statistics, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks, D=width, num_warps=8
+    )  # fmt: skip
+    quantise[programs](
+        k, v, statistics, k8, k_scale, v8, channels, residual, *strides,
+        kv_heads, kv_len, plan.padded, dim, plan.chunk, plan.chunks,
+        D=width, ROTATE=tile.rotate, FP8=tile.fp8, EMULATE=INTERPRETED, num_warps=8,
+    )  # fmt: skip
+    keys, values = k8, v8
+    if tile.tma:
+        keys = TensorDescriptor.from_tensor(k8, [tile.bn, width])
+        values = TensorDescriptor.from_tensor(v8, [width, tile.bn] if tile.fp8 else [tile.bn, width])
+    attend[(batch * heads * -(-q_len // tile.bm),)](
+        q, keys, k_scale, values, channels, residual, q if mask is None else mask, out,
+        *(tensor.stride(axis) for tensor in (q, out) for axis in _AXES), *mask_strides(mask),
+        heads, heads // kv_heads, q_len, kv_len, plan.padded, dim, plan.chunks,
+        float(dim**-0.5 if scale is None else scale), torch.finfo(q.dtype).max / 2,
+        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, ROTATE=tile.rotate, FP8=tile.fp8, TMA=tile.tma,
+        MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
+    """Batch, head, query and key strides, 0 where the mask broadcasts."""
+    if mask is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+
+
+def mask_kind(mask: torch.Tensor | None) -> str:
+    return "" if mask is None else "bool" if mask.dtype is torch.bool else "float"

@@ -1,0 +1,135 @@
+"""K to int8 and V to 8 or 16 bits: two kernels, one that collects statistics and one that rounds.
+
+One program of either has a chunk of tokens of one key head. The second adds up what the first has left per chunk, in a
+fixed order, so that the same input always gives the same bits.
+"""
+
+# mypy: disable-error-code="import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import CHUNKS, E4M3_MAX, TOKENS, TINY, poison, relabel_keys, rotate, rotate_one, to_e4m3, to_int8
+
+# Rows of the statistics of a chunk, each with a number per channel.
+K_SUM = tl.constexpr(0)  # Σ k / tokens
+K_LARGEST = tl.constexpr(1)  # max |k|
+V_SUM = tl.constexpr(2)  # Σ v/2 / tokens
+V_HIGH = tl.constexpr(3)  # max v/2
+V_LOW = tl.constexpr(4)  # min v/2
+STATISTICS = tl.constexpr(5)
+
+# Rows of what is kept per key head, each with a number per channel.
+V_MEAN = tl.constexpr(0)  # mean of v/2
+V_SCALE = tl.constexpr(1)  # largest |v/2 - mean|, divided by the largest number V is stored as
+K_BOUND = tl.constexpr(2)  # one number: no rotated key has a component beyond it
+CHANNELS = tl.constexpr(3)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
+def collect_statistics(
+    K, V, Statistics,
+    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
+    kv_heads, kv_len, dim, chunk, chunks,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Per channel of a chunk: sums, and the largest and smallest numbers. Grid: key heads of the batch · chunks.
+
+    V is halved, here and until the output is written, so that no difference of two of its numbers is infinite.
+    """
+    program = tl.program_id(0)
+    head = (program // chunks).to(tl.int64)
+    first = (program % chunks) * chunk
+    dims = tl.arange(0, D)
+    K += head // kv_heads * k_sb + head % kv_heads * k_sh + dims[None, :].to(tl.int64) * k_sd
+    V += head // kv_heads * v_sb + head % kv_heads * v_sh + dims[None, :].to(tl.int64) * v_sd
+    share = 1.0 / kv_len
+    k_sum = tl.zeros([D], tl.float32)
+    k_largest = tl.zeros([D], tl.float32)
+    v_sum = tl.zeros([D], tl.float32)
+    v_high = tl.full([D], float("-inf"), tl.float32)
+    v_low = tl.full([D], float("inf"), tl.float32)
+    for start in range(first, tl.minimum(first + chunk, kv_len), TOKENS):
+        token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+        there = (token < kv_len) & (dims[None, :] < dim)
+        k = tl.load(K + token * k_sn, mask=there, other=0.0).to(tl.float32)
+        v = tl.load(V + token * v_sn, mask=there, other=0.0).to(tl.float32) * 0.5
+        k_sum += tl.sum(k * share, 0)
+        k_largest = tl.maximum(k_largest, tl.max(tl.abs(k), 0))
+        v_sum += tl.sum(v * share, 0)
+        v_high = tl.maximum(v_high, tl.max(tl.where(there, v, float("-inf")), 0))
+        v_low = tl.minimum(v_low, tl.min(tl.where(there, v, float("inf")), 0))
+    Statistics += program.to(tl.int64) * STATISTICS * D + dims
+    tl.store(Statistics + K_SUM * D, k_sum)
+    tl.store(Statistics + K_LARGEST * D, k_largest)
+    tl.store(Statistics + V_SUM * D, v_sum)
+    tl.store(Statistics + V_HIGH * D, v_high)
+    tl.store(Statistics + V_LOW * D, v_low)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
+def quantise(
+    K, V, Statistics, K8, KScale, V8, Channels, Residual,
+    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
+    kv_heads, kv_len, kv_pad, dim, chunk, chunks,
+    D: tl.constexpr, ROTATE: tl.constexpr, FP8: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """K8 (heads, kv_pad, D) int8 with a scale per token; V8, what is left of V, and numbers per channel.
+
+    V8 is (heads, D, kv_pad) in e4m3 with relabelled keys, or (heads, kv_pad, D) in fp16. Tokens beyond kv_len are 0.
+    Residual is the mean of what rounding took from a chunk's values. Grid: key heads of the batch · chunks.
+    """
+    program = tl.program_id(0)
+    head = (program // chunks).to(tl.int64)
+    first = (program % chunks) * chunk
+    dims = tl.arange(0, D)
+    K += head // kv_heads * k_sb + head % kv_heads * k_sh + dims[None, :].to(tl.int64) * k_sd
+    V += head // kv_heads * v_sb + head % kv_heads * v_sh + dims[None, :].to(tl.int64) * v_sd
+    K8 += head * kv_pad * D
+    V8 += head * kv_pad * D
+    KScale += head * kv_pad
+
+    part = tl.arange(0, CHUNKS)[:, None]
+    all_parts = Statistics + (head * chunks + part) * (STATISTICS * D) + dims[None, :]
+    there = part < chunks
+    k_mean = tl.sum(tl.load(all_parts + K_SUM * D, mask=there, other=0.0), 0)
+    k_bound = tl.max(tl.max(tl.load(all_parts + K_LARGEST * D, mask=there, other=0.0), 0), 0)
+    v_mean = tl.sum(tl.load(all_parts + V_SUM * D, mask=there, other=0.0), 0)
+    v_high = tl.max(tl.load(all_parts + V_HIGH * D, mask=there, other=float("-inf")), 0)
+    v_low = tl.min(tl.load(all_parts + V_LOW * D, mask=there, other=float("inf")), 0)
+    v_largest = tl.maximum(tl.maximum(v_high - v_mean, v_mean - v_low), TINY)
+    # fp16 is kept far from its ends: its weights are at most 1, and their products are added up in float32.
+    top: tl.constexpr = E4M3_MAX if FP8 else 1.0
+    if first == 0:
+        Channels += head * CHANNELS * D + dims
+        tl.store(Channels + V_MEAN * D, v_mean)
+        tl.store(Channels + V_SCALE * D, v_largest * (1.0 / top))
+        tl.store(Channels + K_BOUND * D, tl.zeros([D], tl.float32) + k_bound)
+
+    k_mean = rotate_one(k_mean, D) if ROTATE else k_mean * 0.5
+    residual = tl.zeros([D], tl.float32)
+    for start in range(first, tl.minimum(first + chunk, kv_pad), TOKENS):
+        tokens = start + tl.arange(0, TOKENS)
+        token = tokens.to(tl.int64)[:, None]
+        real = token < kv_len
+        there = real & (dims[None, :] < dim)
+        k = tl.load(K + token * k_sn, mask=there, other=0.0)
+        k = (rotate(k, TOKENS, D, EMULATE) if ROTATE else k.to(tl.float32) * 0.5) - k_mean[None, :]
+        k = tl.where(real, k, 0.0)
+        largest = tl.max(tl.abs(k), 1)
+        tl.store(K8 + token * D + dims[None, :], to_int8(k, largest[:, None]))
+        tl.store(KScale + tokens, largest / tl.maximum(k_bound, TINY) + poison(k, 1))
+
+        v = tl.load(V + token * v_sn, mask=there, other=0.0).to(tl.float32) * 0.5 - v_mean[None, :]
+        v = tl.where(there, v / v_largest[None, :] * top, 0.0)
+        if FP8:
+            rounded = to_e4m3(v, EMULATE)
+            residual += tl.sum(v - rounded.to(tl.float32), 0)
+            rounded = relabel_keys(tl.trans(rounded), D, TOKENS)
+            tl.store(V8 + dims.to(tl.int64)[:, None] * kv_pad + tokens[None, :], rounded)
+        else:
+            tl.store(V8 + token * D + dims[None, :], v.to(tl.float16))
+    if FP8:
+        Residual += program.to(tl.int64) * D + dims
+        tl.store(Residual, residual * (v_largest * (1.0 / top)) / kv_len)
