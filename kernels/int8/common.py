@@ -16,7 +16,6 @@ E4M3_MAX = tl.constexpr(448.0)
 # The sum of this and a float32 below 2**22 is that number rounded to an integer, halves to even.
 ROUNDING = tl.constexpr(12582912.0)
 TINY = tl.constexpr(1e-37)
-TOKENS = tl.constexpr(tiles.TOKENS)
 CHUNKS = tl.constexpr(tiles.CHUNKS)
 BLOCK = tl.constexpr(64)  # channels that are rotated together
 
@@ -43,18 +42,25 @@ def dot(x, y, acc, EMULATE: tl.constexpr):
     """x · y + acc in float32. The interpreter (EMULATE; Triton 3.6) takes the bits of bfloat16 for integers."""
     if EMULATE:
         x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, acc, input_precision="tf32x3")
+    return tl.dot(x, y, acc)
 
 
 @triton.jit
 def rotate(x, ROWS: tl.constexpr, D: tl.constexpr, EMULATE: tl.constexpr):
     """Each 64 numbers of x (ROWS, D) times the matrix above, in float32.
 
-    Products of 16-bit numbers are exact, float32 takes three tf32 products. More than 64 at a time spread spikes no
-    better (docs/int8.md) and take more registers and shared memory.
+    Products of 16-bit numbers are exact. float32 goes in as a sum of two bfloat16, which leaves out 2**-17 of it.
+    More than 64 at a time spread spikes no better (docs/int8.md) and take more registers and shared memory.
     """
     parts = x.reshape(ROWS * (D // BLOCK), BLOCK)
-    return dot(parts, signed_hadamard(x.dtype), None, EMULATE).reshape(ROWS, D)
+    if x.dtype == tl.float32:
+        matrix = signed_hadamard(tl.bfloat16)
+        high = parts.to(tl.bfloat16)
+        low = (parts - high.to(tl.float32)).to(tl.bfloat16)
+        rotated = dot(low, matrix, dot(high, matrix, None, EMULATE), EMULATE)
+    else:
+        rotated = dot(parts, signed_hadamard(x.dtype), None, EMULATE)
+    return rotated.reshape(ROWS, D)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._common import capability
 from .forward import attend
 from .quantise import CHANNELS, STATISTICS, collect_statistics, quantise
-from .tiles import Tile, chunk_plan, tile_for, width_of
+from .tiles import Tile, at_once, chunk_plan, tile_for, width_of
 
 # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
 INTERPRETED = not isinstance(attend, triton.JITFunction)
@@ -52,12 +52,13 @@ def int8_attention(
     strides = [tensor.stride(axis) for tensor in (k, v) for axis in _AXES]
     programs = (key_heads * plan.chunks,)
     collect_statistics[programs](
-        k, v, statistics, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks, D=width, num_warps=8
+        k, v, statistics, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks,
+        D=width, BT=at_once(width), num_warps=8,
     )  # fmt: skip
-    quantise[programs](
+    quantise[(*programs, 2)](
         k, v, statistics, k8, k_scale, v8, channels, residual, *strides,
         kv_heads, kv_len, plan.padded, dim, plan.chunk, plan.chunks,
-        D=width, ROTATE=tile.rotate, FP8=tile.fp8, EMULATE=INTERPRETED, num_warps=8,
+        D=width, BT=at_once(width), ROTATE=tile.rotate, FP8=tile.fp8, EMULATE=INTERPRETED, num_warps=8,
     )  # fmt: skip
     keys, values = k8, v8
     if tile.tma:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import CHUNKS, E4M3_MAX, TOKENS, TINY, poison, relabel_keys, rotate, rotate_one, to_e4m3, to_int8
+from .common import CHUNKS, E4M3_MAX, TINY, poison, relabel_keys, rotate, rotate_one, to_e4m3, to_int8
 
 # Rows of the statistics of a chunk, each with a number per channel.
 K_SUM = tl.constexpr(0)  # Σ k / tokens
@@ -32,7 +32,7 @@ def collect_statistics(
     K, V, Statistics,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
     kv_heads, kv_len, dim, chunk, chunks,
-    D: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Per channel of a chunk: sums, and the largest and smallest numbers. Grid: key heads of the batch · chunks.
 
@@ -50,8 +50,8 @@ def collect_statistics(
     v_sum = tl.zeros([D], tl.float32)
     v_high = tl.full([D], float("-inf"), tl.float32)
     v_low = tl.full([D], float("inf"), tl.float32)
-    for start in range(first, tl.minimum(first + chunk, kv_len), TOKENS):
-        token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    for start in range(first, tl.minimum(first + chunk, kv_len), BT):
+        token = (start + tl.arange(0, BT)).to(tl.int64)[:, None]
         there = (token < kv_len) & (dims[None, :] < dim)
         k = tl.load(K + token * k_sn, mask=there, other=0.0).to(tl.float32)
         v = tl.load(V + token * v_sn, mask=there, other=0.0).to(tl.float32) * 0.5
@@ -68,68 +68,96 @@ def collect_statistics(
     tl.store(Statistics + V_LOW * D, v_low)
 
 
+@triton.jit
+def quantise_keys(
+    K, Statistics, K8, KScale, Bound, k_sn, k_sd, first, kv_len, kv_pad, dim, chunk, chunks,
+    D: tl.constexpr, BT: tl.constexpr, ROTATE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One chunk of keys, less their mean and rotated, to int8, each token with a scale. Pointers are the head's."""
+    dims = tl.arange(0, D)
+    part = tl.arange(0, CHUNKS)[:, None]
+    of_part = Statistics + part * (STATISTICS * D) + dims[None, :]
+    mean = tl.sum(tl.load(of_part + K_SUM * D, mask=part < chunks, other=0.0), 0)
+    # Rotating divides by 128, so no sum of 64 numbers, and no difference of two such sums, is beyond the largest key.
+    bound = tl.max(tl.max(tl.load(of_part + K_LARGEST * D, mask=part < chunks, other=0.0), 0), 0)
+    if first == 0:
+        tl.store(Bound, bound)
+    mean = rotate_one(mean, D) if ROTATE else mean * 0.5
+    for start in range(first, tl.minimum(first + chunk, kv_pad), BT):
+        tokens = start + tl.arange(0, BT)
+        token = tokens.to(tl.int64)[:, None]
+        there = (tokens < kv_len)[:, None]
+        k = tl.load(K + token * k_sn + dims[None, :].to(tl.int64) * k_sd, mask=there & (dims < dim)[None, :], other=0.0)
+        k = (rotate(k, BT, D, EMULATE) if ROTATE else k.to(tl.float32) * 0.5) - mean[None, :]
+        k = tl.where(there, k, 0.0)
+        largest = tl.max(tl.abs(k), 1)
+        tl.store(K8 + token * D + dims[None, :], to_int8(k, largest[:, None]))
+        tl.store(KScale + tokens, largest / tl.maximum(bound, TINY) + poison(k, 1))
+
+
+@triton.jit
+def quantise_values(
+    V, Statistics, V8, Channels, Residual, v_sn, v_sd, first, kv_len, kv_pad, dim, chunk, chunks,
+    D: tl.constexpr, BT: tl.constexpr, FP8: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One chunk of values, less their mean, to e4m3 or fp16, each channel with a scale. Pointers are the head's."""
+    dims = tl.arange(0, D)
+    part = tl.arange(0, CHUNKS)[:, None]
+    of_part = Statistics + part * (STATISTICS * D) + dims[None, :]
+    mean = tl.sum(tl.load(of_part + V_SUM * D, mask=part < chunks, other=0.0), 0)
+    high = tl.max(tl.load(of_part + V_HIGH * D, mask=part < chunks, other=float("-inf")), 0)
+    low = tl.min(tl.load(of_part + V_LOW * D, mask=part < chunks, other=float("inf")), 0)
+    largest = tl.maximum(tl.maximum(high - mean, mean - low), TINY)
+    # fp16 is kept far from its ends: weights are at most 1 there, and products are added up in float32.
+    top: tl.constexpr = E4M3_MAX if FP8 else 1.0
+    if first == 0:
+        tl.store(Channels + V_MEAN * D + dims, mean)
+        tl.store(Channels + V_SCALE * D + dims, largest * (1.0 / top))
+    residual = tl.zeros([D], tl.float32)
+    for start in range(first, tl.minimum(first + chunk, kv_pad), BT):
+        tokens = start + tl.arange(0, BT)
+        token = tokens.to(tl.int64)[:, None]
+        there = (tokens < kv_len)[:, None] & (dims < dim)[None, :]
+        v = tl.load(V + token * v_sn + dims[None, :].to(tl.int64) * v_sd, mask=there, other=0.0)
+        v = (v.to(tl.float32) * 0.5 - mean[None, :]) / largest[None, :] * top
+        v = tl.where(there, v, 0.0)
+        if FP8:
+            rounded = to_e4m3(v, EMULATE)
+            residual += tl.sum(v - rounded.to(tl.float32), 0)
+            rounded = relabel_keys(tl.trans(rounded), D, BT)
+            tl.store(V8 + dims.to(tl.int64)[:, None] * kv_pad + tokens[None, :], rounded)
+        else:
+            tl.store(V8 + token * D + dims[None, :], v.to(tl.float16))
+    if FP8:
+        tl.store(Residual + dims, residual * (largest * (1.0 / top)) / kv_len)
+
+
 @triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
 def quantise(
     K, V, Statistics, K8, KScale, V8, Channels, Residual,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
     kv_heads, kv_len, kv_pad, dim, chunk, chunks,
-    D: tl.constexpr, ROTATE: tl.constexpr, FP8: tl.constexpr, EMULATE: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, ROTATE: tl.constexpr, FP8: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """K8 (heads, kv_pad, D) int8 with a scale per token; V8, what is left of V, and numbers per channel.
+    """K8 (heads, kv_pad, D) in int8 with a scale per token; V8, what is left of V, and numbers per channel.
 
     V8 is (heads, D, kv_pad) in e4m3 with relabelled keys, or (heads, kv_pad, D) in fp16. Tokens beyond kv_len are 0.
-    Residual is the mean of what rounding took from a chunk's values. Grid: key heads of the batch · chunks.
+    Residual is what rounding took from the mean of V, by chunk. Grid: (key heads of the batch · chunks, K or V).
     """
     program = tl.program_id(0)
     head = (program // chunks).to(tl.int64)
     first = (program % chunks) * chunk
-    dims = tl.arange(0, D)
-    K += head // kv_heads * k_sb + head % kv_heads * k_sh + dims[None, :].to(tl.int64) * k_sd
-    V += head // kv_heads * v_sb + head % kv_heads * v_sh + dims[None, :].to(tl.int64) * v_sd
-    K8 += head * kv_pad * D
-    V8 += head * kv_pad * D
-    KScale += head * kv_pad
-
-    part = tl.arange(0, CHUNKS)[:, None]
-    all_parts = Statistics + (head * chunks + part) * (STATISTICS * D) + dims[None, :]
-    there = part < chunks
-    k_mean = tl.sum(tl.load(all_parts + K_SUM * D, mask=there, other=0.0), 0)
-    k_bound = tl.max(tl.max(tl.load(all_parts + K_LARGEST * D, mask=there, other=0.0), 0), 0)
-    v_mean = tl.sum(tl.load(all_parts + V_SUM * D, mask=there, other=0.0), 0)
-    v_high = tl.max(tl.load(all_parts + V_HIGH * D, mask=there, other=float("-inf")), 0)
-    v_low = tl.min(tl.load(all_parts + V_LOW * D, mask=there, other=float("inf")), 0)
-    v_largest = tl.maximum(tl.maximum(v_high - v_mean, v_mean - v_low), TINY)
-    # fp16 is kept far from its ends: its weights are at most 1, and their products are added up in float32.
-    top: tl.constexpr = E4M3_MAX if FP8 else 1.0
-    if first == 0:
-        Channels += head * CHANNELS * D + dims
-        tl.store(Channels + V_MEAN * D, v_mean)
-        tl.store(Channels + V_SCALE * D, v_largest * (1.0 / top))
-        tl.store(Channels + K_BOUND * D, tl.zeros([D], tl.float32) + k_bound)
-
-    k_mean = rotate_one(k_mean, D) if ROTATE else k_mean * 0.5
-    residual = tl.zeros([D], tl.float32)
-    for start in range(first, tl.minimum(first + chunk, kv_pad), TOKENS):
-        tokens = start + tl.arange(0, TOKENS)
-        token = tokens.to(tl.int64)[:, None]
-        real = token < kv_len
-        there = real & (dims[None, :] < dim)
-        k = tl.load(K + token * k_sn, mask=there, other=0.0)
-        k = (rotate(k, TOKENS, D, EMULATE) if ROTATE else k.to(tl.float32) * 0.5) - k_mean[None, :]
-        k = tl.where(real, k, 0.0)
-        largest = tl.max(tl.abs(k), 1)
-        tl.store(K8 + token * D + dims[None, :], to_int8(k, largest[:, None]))
-        tl.store(KScale + tokens, largest / tl.maximum(k_bound, TINY) + poison(k, 1))
-
-        v = tl.load(V + token * v_sn, mask=there, other=0.0).to(tl.float32) * 0.5 - v_mean[None, :]
-        v = tl.where(there, v / v_largest[None, :] * top, 0.0)
-        if FP8:
-            rounded = to_e4m3(v, EMULATE)
-            residual += tl.sum(v - rounded.to(tl.float32), 0)
-            rounded = relabel_keys(tl.trans(rounded), D, TOKENS)
-            tl.store(V8 + dims.to(tl.int64)[:, None] * kv_pad + tokens[None, :], rounded)
-        else:
-            tl.store(V8 + token * D + dims[None, :], v.to(tl.float16))
-    if FP8:
-        Residual += program.to(tl.int64) * D + dims
-        tl.store(Residual, residual * (v_largest * (1.0 / top)) / kv_len)
+    Statistics += head * chunks * STATISTICS * D
+    Channels += head * CHANNELS * D
+    if tl.program_id(1) == 0:
+        quantise_keys(
+            K + head // kv_heads * k_sb + head % kv_heads * k_sh, Statistics, K8 + head * kv_pad * D,
+            KScale + head * kv_pad, Channels + K_BOUND * D, k_sn, k_sd, first, kv_len, kv_pad, dim, chunk, chunks,
+            D, BT, ROTATE, EMULATE,
+        )  # fmt: skip
+    else:
+        quantise_values(
+            V + head // kv_heads * v_sb + head % kv_heads * v_sh, Statistics, V8 + head * kv_pad * D,
+            Channels, Residual + program.to(tl.int64) * D, v_sn, v_sd, first, kv_len, kv_pad, dim, chunk, chunks,
+            D, BT, FP8, EMULATE,
+        )  # fmt: skip

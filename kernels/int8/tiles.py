@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-TOKENS = 128  # keys that are rounded at a time; every BN divides it
+TOKENS = 128  # lengths of buffers and chunks are multiples of it; every BN divides it
 CHUNKS = 64  # at most so many programs for the keys of a head; they leave statistics that are added up in one go
 WIDTHS = (64, 128, 256)  # what head dimensions are padded to, in the kernels' own buffers and registers
 Capability = tuple[int, int]
@@ -84,6 +84,11 @@ class ChunkPlan:
 def width_of(dim: int) -> int:
     """What a head dimension is padded to."""
     return next(width for width in WIDTHS if dim <= width)
+
+
+def at_once(width: int) -> int:
+    """How many tokens are rounded at a time."""
+    return 32 if width > 128 else 64
 
 
 @functools.lru_cache(maxsize=256)
