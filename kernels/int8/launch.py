@@ -8,9 +8,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._common import capability
+from .exact import attend_exact
 from .forward import attend
 from .quantise import CHANNELS, STATISTICS, collect_statistics, quantise
-from .tiles import Tile, at_once, chunk_plan, tile_for, width_of
+from .tiles import EXACT, INT8, Tile, at_once, chunk_plan, tile_for, width_of
 
 # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
 INTERPRETED = not isinstance(attend, triton.JITFunction)
@@ -34,7 +35,7 @@ def int8_attention(
     batch, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
     if tile is None:
-        tile = tile_for(capability(q), dim, mask is not None)
+        tile = tile_for(INT8, capability(q), dim, mask is not None)
     width, plan = width_of(dim), chunk_plan(kv_len)
     key_heads = batch * kv_heads
     device, float32 = q.device, torch.float32
@@ -50,12 +51,12 @@ def int8_attention(
     channels = torch.empty((key_heads, CHANNELS.value, width), dtype=float32, device=device)
 
     strides = [tensor.stride(axis) for tensor in (k, v) for axis in _AXES]
-    programs = (key_heads * plan.chunks,)
-    collect_statistics[programs](
+    programs = key_heads * plan.chunks
+    collect_statistics[(programs,)](
         k, v, statistics, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks,
         D=width, BT=at_once(width), num_warps=8,
     )  # fmt: skip
-    quantise[(*programs, 2)](
+    quantise[(programs, 2)](
         k, v, statistics, k8, k_scale, v8, channels, residual, *strides,
         kv_heads, kv_len, plan.padded, dim, plan.chunk, plan.chunks,
         D=width, BT=at_once(width), ROTATE=tile.rotate, FP8=tile.fp8, EMULATE=INTERPRETED, num_warps=8,
@@ -74,6 +75,51 @@ def int8_attention(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def exact_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """The same of 16-bit tensors as they are, in one launch."""
+    batch, q_len, heads, dim = q.shape
+    kv_len, kv_heads = k.shape[1], k.shape[2]
+    if tile is None:
+        tile = tile_for(EXACT, capability(q), dim, mask is not None)
+    width = width_of(dim)
+    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
+    tma = tile.tma and fits_tma(k) and fits_tma(v)
+    block = [1, tile.bn, 1, width]
+    attend_exact[(batch * heads * -(-q_len // tile.bm),)](
+        q, descriptor(k, block) if tma else k, descriptor(v, block) if tma else v, q if mask is None else mask, out,
+        *(tensor.stride(axis) for tensor in (q, k, v, out) for axis in _AXES), *mask_strides(mask),
+        heads, heads // kv_heads, q_len, kv_len, dim, float(dim**-0.5 if scale is None else scale),
+        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, TMA=tma, PADDED=dim != width,
+        MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    """Strides; that of a dimension of size 1 is one that a tensor descriptor takes, as nobody uses it."""
+    return [step if size > 1 else 16 for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+
+
+def fits_tma(tensor: torch.Tensor) -> bool:
+    """Can a tensor descriptor stand for it? It wants channels side by side, and rows that begin at 16 bytes."""
+    size = tensor.element_size()
+    rows = all(step > 0 and step * size % 16 == 0 for step in _steps(tensor))
+    return rows and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
+
+
+def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), [*_steps(tensor), 1], block)
 
 
 def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
