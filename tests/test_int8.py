@@ -168,6 +168,7 @@ def extremes(dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, ...]
     yield "one huge query", (one, k, v)
     yield "one huge value", (q, k, one)
     yield "largest queries", (signs[0], k, v)
+    yield "largest queries on zeros", (signs[0], k * 0, v)
     yield "largest keys", (q, signs[1], v)
     yield "largest values", (q, k, signs[2])
     yield "largest numbers", signs
@@ -217,8 +218,11 @@ def test_e4m3_is_rounded_as_pytorch_rounds_it(attend) -> None:
     assert torch.equal(attend.ask("e4m3", x), x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
-def test_tensors_may_reach_beyond_two_to_the_31(attend) -> None:
-    far, near = attend.ask("far apart", 2**31)
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "token", "head"])
+@pytest.mark.parametrize("kernel", OURS)
+def test_tensors_may_reach_beyond_two_to_the_31(attend, kernel: str, axis: int) -> None:
+    """Strides that fit into 32 bits, and places that do not."""
+    far, near = attend.ask("far apart", kernel, axis)
     assert torch.equal(far, near)
 
 

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from comfyui_attune.kernels.int8.common import to_e4m3
 
 

@@ -70,19 +70,18 @@ def _attend(kernel: str, *tensors: torch.Tensor, mask: Any, scale: Any, tile: di
     return out
 
 
-def _far_apart(gap: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs on keys and values whose two batches lie `gap` numbers apart in memory, and on the same side by side."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 8, 1, 64, generator=generator, dtype=torch.float16) for _ in range(3))
-    room = torch.empty(gap + k[0].numel(), dtype=torch.float16)  # never touched but for its two ends
-    far = []
-    for tensor in (k, v):
-        view = room.as_strided(tensor.shape, (gap, 64, 64, 1))
-        view.copy_(tensor)
-        far.append(view)
-        options: dict[str, Any] = {"mask": None, "scale": None, "tile": {}}
-    # k and v lie in one place, so v is what is there now.
-    return _attend("attune_int8", q, far[1], far[1], **options), _attend("attune_int8", q, v, v, **options)
+def _far_apart(kernel: str, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs on tensors (B, tokens, H, D) that lie 2**30 numbers apart along an axis, and on copies of them."""
+    shape = [2, 4, 2, 64]
+    shape[axis] = 3
+    strides = [1024, 128, 64, 1]
+    strides[axis] = 2**30
+    room = torch.empty(2**31 + 8192, dtype=torch.float16)  # never touched but for a few numbers
+    far = room.as_strided(shape, strides)
+    far.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    near = far.contiguous()
+    options: dict[str, Any] = {"mask": None, "scale": None, "tile": {}}
+    return _attend(kernel, far, far, far, **options), _attend(kernel, near, near, near, **options)
 
 
 def _e4m3(x: torch.Tensor) -> torch.Tensor:
