@@ -110,23 +110,39 @@ def relabel_keys(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def read_mask(Mask, queries, keys, q_len, kv_len, m_sn, m_sm, MASK: tl.constexpr, BY_QUERY: tl.constexpr):
-    """What to add to scores in units of log2: 0 or -inf from a bool mask, its numbers from a float one.
+def mask_rows(Mask, queries, q_len, m_sn, BY_QUERY: tl.constexpr):
+    """Pointers to the rows of the mask, (BM, 1), or (1, 1) where one row is for all queries (BY_QUERY False).
 
-    (BM, BN), or (1, BN) where the mask is one for all queries (BY_QUERY False). Keys beyond kv_len are hidden.
+    Queries beyond the last read its row: what comes of them is never written.
     """
     if BY_QUERY:
-        place = queries.to(tl.int64)[:, None] * m_sn + keys.to(tl.int64)[None, :] * m_sm
-        there = (queries < q_len)[:, None] & (keys < kv_len)[None, :]
+        rows = Mask + tl.minimum(queries, q_len - 1).to(tl.int64)[:, None] * m_sn
     else:
-        place = keys.to(tl.int64)[None, :] * m_sm
-        there = (keys < kv_len)[None, :]
+        rows = Mask + tl.zeros([1, 1], tl.int32)
+    return rows
+
+
+@triton.jit
+def read_mask(rows, start, kv_len, m_sm, BN: tl.constexpr, MASK: tl.constexpr, BOUND: tl.constexpr):
+    """What to add to the scores of keys from `start` on, in units of log2; (BM, BN), or (1, BN) from a single row.
+
+    0 or -inf from a bool mask, its numbers from a float one. With BOUND, keys beyond kv_len are hidden.
+    """
+    keys = tl.arange(0, BN)
+    place = rows + start.to(tl.int64) * m_sm + keys.to(tl.int64)[None, :] * m_sm
+    if BOUND:
+        there = (keys < kv_len - start)[None, :]
+        numbers = tl.load(place, mask=there, other=0)
+    else:
+        numbers = tl.load(place)
     if MASK == "bool":
-        bias = tl.where(tl.load(Mask + place, mask=there, other=0) != 0, 0.0, float("-inf"))
+        bias = tl.where(numbers != 0, 0.0, float("-inf"))
     else:
-        bias = tl.load(Mask + place, mask=there, other=float("-inf")).to(tl.float32)
         # -3e38 hides a key only beside others: in a row full of it all keys count alike, as in PyTorch.
+        bias = numbers.to(tl.float32)
         bias = tl.where(bias == float("-inf"), bias, tl.clamp(bias * LOG2E, -3e38, 3e38))
+    if BOUND:
+        bias = tl.where(there, bias, float("-inf"))
     return bias
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LOG2E, dot, read_mask, weigh
+from .common import LOG2E, dot, mask_rows, read_mask, weigh
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def attend_exact(
     q_sb, q_sh, q_sn, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, o_sb, o_sh, o_sn, o_sd,
     m_sb, m_sh, m_sn, m_sm, heads, group, q_len, kv_len, dim, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    PADDED: tl.constexpr, MASK: tl.constexpr, BY_QUERY: tl.constexpr, EMULATE: tl.constexpr,
+    PADDED: tl.constexpr, WIDE: tl.constexpr, MASK: tl.constexpr, BY_QUERY: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Grid: heads of the batch · tiles of BM queries."""
     tiles = tl.cdiv(q_len, BM)
@@ -52,12 +52,14 @@ def attend_exact(
         K += batch * k_sb + key_head * k_sh
         V += batch * v_sb + key_head * v_sh
     if MASK != "":
-        Mask += batch * m_sb + head * m_sh
+        rows = mask_rows(Mask + batch * m_sb + head * m_sh, queries, q_len, m_sn, BY_QUERY)
     batch32, head32 = batch.to(tl.int32), key_head.to(tl.int32)
 
     Q += batch * q_sb + head * q_sh + first_query.to(tl.int64) * q_sn
-    row = tl.arange(0, BM).to(tl.int64)
-    there = (row < q_len - first_query)[:, None] & (dims < dim)[None, :]
+    row = tl.arange(0, BM).to(tl.int64 if WIDE else tl.int32)  # 64 bits take registers that the loop needs
+    there = (row < q_len - first_query)[:, None]
+    if PADDED:
+        there = there & (dims < dim)[None, :]
     q = tl.load(Q + row[:, None] * q_sn + dims.to(tl.int64)[None, :] * q_sd, mask=there, other=0.0)
     q = tl.where(scale < 0, -q, q)
     q_scale = tl.zeros([BM], tl.float32) + tl.abs(scale) * LOG2E
@@ -74,14 +76,14 @@ def attend_exact(
         next_scores = dot(q, tl.trans(k), None, EMULATE)
         bias = 0.0
         if MASK != "":
-            bias = read_mask(Mask, queries, start + keys, q_len, kv_len, m_sn, m_sm, MASK, BY_QUERY)
+            bias = read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
         weights, shrink, row_max, row_sum = weigh(scores, q_scale, bias, row_max, row_sum, 0.0, MASK != "")
         v = load_rows(V, batch32, start, head32, dims, kv_len, v_sn, v_sd, dim, D, BN, TMA, PADDED, False)
         acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], EMULATE)
         scores = next_scores
 
     if MASK != "":
-        bias = read_mask(Mask, queries, last + keys, q_len, kv_len, m_sn, m_sm, MASK, BY_QUERY)
+        bias = read_mask(rows, last, kv_len, m_sm, BN, MASK, True)
     else:
         bias = tl.where(last + keys < kv_len, 0.0, float("-inf"))[None, :]
     weights, shrink, row_max, row_sum = weigh(scores, q_scale, bias, row_max, row_sum, 0.0, True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import BLOCK, CHUNKS, LOG2E, poison, read_mask, relabel_keys, rotate, to_e4m3, to_int8, weigh
+from .common import BLOCK, CHUNKS, LOG2E, mask_rows, poison, read_mask, relabel_keys, rotate, to_e4m3, to_int8, weigh
 from .quantise import CHANNELS, K_BOUND, V_MEAN, V_SCALE
 
 # No score, in powers of two, is beyond this: rounding a row's maximum then changes weights by 16 at most, and nothing
@@ -59,7 +59,7 @@ def attend(
     Q, K8, KScale, V8, Channels, Residual, Mask, Out,
     q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd, m_sb, m_sh, m_sn, m_sm,
     heads, group, q_len, kv_len, kv_pad, dim, chunks, scale, half_largest,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
     ROTATE: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr, BY_QUERY: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -85,12 +85,14 @@ def attend(
         K8 += key_head * kv_pad * D
         V8 += key_head * kv_pad * D
     if MASK != "":
-        Mask += batch * m_sb + head * m_sh
+        rows = mask_rows(Mask + batch * m_sb + head * m_sh, queries, q_len, m_sn, BY_QUERY)
 
     # Q is rounded here: a tile is used by nobody else, and this saves a pass over memory.
     Q += batch * q_sb + head * q_sh + first_query.to(tl.int64) * q_sn
-    row = tl.arange(0, BM).to(tl.int64)
-    there = (row < q_len - first_query)[:, None] & (dims < dim)[None, :]
+    row = tl.arange(0, BM).to(tl.int64 if WIDE else tl.int32)  # 64 bits take registers that the loop needs
+    there = (row < q_len - first_query)[:, None]
+    if PADDED:
+        there = there & (dims < dim)[None, :]
     q = tl.load(Q + row[:, None] * q_sn + dims.to(tl.int64)[None, :] * q_sd, mask=there, other=0.0)
     q = rotate(q, BM, D, EMULATE) if ROTATE else q.to(tl.float32) * 0.5
     largest = tl.max(tl.abs(q), 1)
@@ -114,7 +116,7 @@ def attend(
         next_scores = tl.dot(q, load_keys(K8, first + start + BN, D, BN, TMA))
         bias = 0.0
         if MASK != "":
-            bias = read_mask(Mask, queries, start + keys, q_len, kv_len, m_sn, m_sm, MASK, BY_QUERY)
+            bias = read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
         weights, shrink, row_max, row_sum = weigh(logits, q_scale, bias, row_max, row_sum, top, MASK != "")
         v = load_values(V8, start, first, first_dim, kv_pad, D, BN, TMA, FP8)
         acc = add_values(acc, weights, shrink, v, BM, BN, FP8, EMULATE)
@@ -123,7 +125,7 @@ def attend(
     # The last block, which may be shorter, stands apart: so the loop above needs no bounds.
     logits = scores.to(tl.float32) * tl.load(KScale + last + keys)[None, :]
     if MASK != "":
-        bias = read_mask(Mask, queries, last + keys, q_len, kv_len, m_sn, m_sm, MASK, BY_QUERY)
+        bias = read_mask(rows, last, kv_len, m_sm, BN, MASK, True)
     else:
         bias = tl.where(last + keys < kv_len, 0.0, float("-inf"))[None, :]
     weights, shrink, row_max, row_sum = weigh(logits, q_scale, bias, row_max, row_sum, top, True)

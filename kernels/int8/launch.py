@@ -70,7 +70,8 @@ def int8_attention(
         *(tensor.stride(axis) for tensor in (q, out) for axis in _AXES), *mask_strides(mask),
         heads, heads // kv_heads, q_len, kv_len, plan.padded, dim, plan.chunks,
         float(dim**-0.5 if scale is None else scale), torch.finfo(q.dtype).max / 2,
-        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, ROTATE=tile.rotate, FP8=tile.fp8, TMA=tile.tma,
+        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, PADDED=dim != width, WIDE=wide(q, tile.bm),
+        ROTATE=tile.rotate, FP8=tile.fp8, TMA=tile.tma,
         MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -99,11 +100,16 @@ def exact_attention(
         q, descriptor(k, block) if tma else k, descriptor(v, block) if tma else v, q if mask is None else mask, out,
         *(tensor.stride(axis) for tensor in (q, k, v, out) for axis in _AXES), *mask_strides(mask),
         heads, heads // kv_heads, q_len, kv_len, dim, float(dim**-0.5 if scale is None else scale),
-        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, TMA=tma, PADDED=dim != width,
+        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, TMA=tma, PADDED=dim != width, WIDE=wide(q, tile.bm),
         MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def wide(q: torch.Tensor, rows: int) -> bool:
+    """Do places in a tile of so many rows of q need 64 bits? Those of the output never do: it is contiguous."""
+    return q.stride(1) * rows >= 2**31
 
 
 def _steps(tensor: torch.Tensor) -> list[int]:
