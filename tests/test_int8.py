@@ -75,7 +75,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> tuple[Case, dict[
 
 
 # An example is a call of a child process, whose time says nothing.
-few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def check_case(attend: Attend, kernel: str, case: Case, tile: dict[str, Any]) -> None:

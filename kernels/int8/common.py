@@ -129,7 +129,7 @@ def read_mask(rows, start, kv_len, m_sm, BN: tl.constexpr, MASK: tl.constexpr, B
     0 or -inf from a bool mask, its numbers from a float one. With BOUND, keys beyond kv_len are hidden.
     """
     keys = tl.arange(0, BN)
-    place = rows + start.to(tl.int64) * m_sm + keys.to(tl.int64)[None, :] * m_sm
+    place = rows + (start + keys).to(tl.int64)[None, :] * m_sm
     if BOUND:
         there = (keys < kv_len - start)[None, :]
         numbers = tl.load(place, mask=there, other=0)

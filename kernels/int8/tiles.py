@@ -74,7 +74,7 @@ _EXACT_SYNC: Table = {
     (128, False): Tile(128, 32, 8, 2),
     (256, False): Tile(32, 32, 8, 2),
     (64, True): Tile(64, 64, 4, 2),
-    (128, True): Tile(64, 32, 8, 2),
+    (128, True): Tile(32, 64, 4, 2),
     (256, True): Tile(32, 16, 4, 2),
 }
 _EXACT_HOPPER: Table = {
