@@ -277,6 +277,39 @@ def test_a_call_copies_nothing_and_launches_little(kernel: str, most: int, memor
         assert extra < 1.01 * quantised < workspace  # values in 8 bits; the declaration also covers those in 16
 
 
+@pytest.mark.parametrize("kernel", OURS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_graph_holds_the_kernel_as_one_operator(kernel: str, monkeypatch) -> None:
+    from comfyui_attune.kernels.int8 import graph, launch
+
+    def plainly(q, k, v, *, mask=None, scale=None):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.transpose(1, 2).contiguous()
+
+    name = {"attune_int8": "int8_attention", "attune_bf16": "exact_attention"}[kernel]
+    monkeypatch.setattr(launch, name, plainly)
+    monkeypatch.setattr(graph, "_NAMESPACE", f"attune_test_{kernel}")
+    library = torch.library.Library(f"attune_test_{kernel}", "DEF")
+    monkeypatch.setattr(graph, "_LIBRARY", library)
+    run = graph.runner.__wrapped__(name)
+    operators = []
+
+    def backend(module, _inputs):
+        operators.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    def model(q, k, v, mask):
+        return run(q * 2, k, v, mask=mask, scale=0.3) + 1
+
+    tensors = [torch.randn(2, 9, 4, 16) for _ in range(3)]
+    mask = torch.rand(2, 1, 1, 9) > 0.2
+    compiled = torch.compile(model, backend=backend, fullgraph=True)(*tensors, mask)
+    assert torch.allclose(compiled, model(*tensors, mask))
+    assert [name for name in operators if "attune" in name] == [f"attune_test_{kernel}.{name}.default"]
+    library._destroy()
+
+
 # What is asked for, the GPU, and each part that the reasons must have.
 REFUSED: list[tuple[str, dict[str, Any], tuple[int, int] | None, dict[str, Any], tuple[str, ...]]] = [
     ("attune_int8", {}, (7, 5), {}, ("needs sm_80 or newer, this GPU is sm_75",)),

@@ -10,7 +10,7 @@ import torch
 
 from ...attention.call import AttentionCall, Layout
 from ...attention.kernel import Kernel, Needs, Run
-from .._common import ANY_MASK, EXACT, FULL, HALF, chosen, needs_version, on_device
+from .._common import ANY_MASK, EXACT, FULL, HALF, chosen, needs_version
 from .tiles import WIDTHS, chunk_plan, width_of
 
 _URL = "https://github.com/triton-lang/triton"
@@ -19,15 +19,15 @@ _TRITON = needs_version("triton", at_least="3.4", why="it lacks what the kernel 
 
 
 def _load_int8() -> Run:
-    from .launch import int8_attention
+    from .graph import runner
 
-    return on_device(int8_attention)
+    return runner("int8_attention")
 
 
 def _load_bf16() -> Run:
-    from .launch import exact_attention
+    from .graph import runner
 
-    return on_device(exact_attention)
+    return runner("exact_attention")
 
 
 def _workspace_int8(call: AttentionCall) -> int:
