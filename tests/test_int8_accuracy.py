@@ -63,7 +63,7 @@ def test_values_in_16_bits_are_more_exact_by_far(kind: str, length: int) -> None
 def test_every_part_of_the_recipe_earns_its_place(part: str) -> None:
     """Where it helps, leaving it out costs a fifth of the error at least; docs/int8.md has the figures."""
     kind, without = {
-        "turned": ("spike_k", {"turned": False}),
+        "turned": ("spike_k", {"turned": 0}),
         "smooth_v": ("bias_v", {"smooth_v": "no"}),
         "k_group": ("spike_k", {"k_group": 128}),
     }[part]

@@ -53,15 +53,15 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
-def signed_hadamard() -> torch.Tensor:
-    """(64, 64), as in kernels/int8/common.py, but orthogonal."""
-    row, column = torch.arange(64)[:, None], torch.arange(64)[None, :]
-    odd = sum((row & column) >> bit for bit in range(6)) + ((row * 40503) >> 15)
-    return torch.where(odd % 2 == 1, -0.125, 0.125)
+def signed_hadamard(size: int) -> torch.Tensor:
+    """As in kernels/int8/common.py, but orthogonal, and of any power of two up to 256."""
+    row, column = torch.arange(size)[:, None], torch.arange(size)[None, :]
+    odd = sum((row & column) >> bit for bit in range(8)) + ((row * 40503) >> 15)
+    return torch.where(odd % 2 == 1, -(size**-0.5), size**-0.5)
 
 
-def rotate(x: torch.Tensor) -> torch.Tensor:
-    return (x.unflatten(-1, (-1, 64)) @ signed_hadamard()).flatten(-2)
+def rotate(x: torch.Tensor, channels: int = 64) -> torch.Tensor:
+    return (x.unflatten(-1, (-1, channels)) @ signed_hadamard(channels)).flatten(-2)
 
 
 def to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -72,17 +72,44 @@ def to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
     return ((groups / scale).round() * scale).flatten(-3, -2)[..., : x.shape[-2], :]
 
 
-def blockwise(scores: torch.Tensor, values: torch.Tensor, block: int, fp8: bool) -> torch.Tensor:
-    """softmax(scores, to the base 2) · values with weights of each block rounded on their own; values are rounded."""
-    top = math.log2(E4M3_MAX) if fp8 else 0.0
+def cut(x: torch.Tensor) -> torch.Tensor:
+    """x with 13 bits behind the leading one and the rest cut off: what Hopper's tensor cores add e4m3 products with.
+
+    Found by the authors of SageAttention 2 (arXiv 2411.10958) and of DeepSeek-V3 (arXiv 2412.19437, section 3.5.2).
+    """
+    return (x.view(torch.int32) & -(1 << 10)).view(torch.float32)
+
+
+def multiply(weights: torch.Tensor, values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """weights · values + out as a tensor core does it, 32 keys at a time."""
+    for part, value in zip(weights.split(32, dim=-1), values.split(32, dim=-2), strict=True):
+        product = part @ value
+        out = cut(product if out is None else out + product)
+    assert out is not None
+    return out
+
+
+def blockwise(
+    scores: torch.Tensor, values: torch.Tensor, block: int, fp8: bool, sums: str = "float32", top: float = E4M3_MAX
+) -> torch.Tensor:
+    """softmax(scores, to the base 2) · values with weights of each block rounded on their own; values are rounded.
+
+    `sums`: how e4m3 products are added up. "float32"; "fresh": in a tensor core's few bits within a block, and blocks
+    in float32; "single": in few bits all along. `top` is the largest weight.
+    """
+    log2_top = math.log2(top) if fp8 else 0.0
     row_max = torch.full_like(scores[..., :1], -torch.inf)
     row_sum, out = torch.zeros_like(row_max), torch.zeros(*scores.shape[:-1], values.shape[-1])
     for part, value in zip(scores.split(block, dim=-1), values.split(block, dim=-2), strict=True):
         new_max = torch.maximum(row_max, part.amax(-1, keepdim=True))
-        weights = torch.exp2(part - (new_max - top))
+        weights = torch.exp2(part - (new_max - log2_top))
         shrink = torch.exp2(row_max - new_max)
         row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
-        out = out * shrink + (e4m3(weights) if fp8 else weights.half().float()) @ value
+        weights = e4m3(weights) if fp8 else weights.half().float()
+        if sums == "single":
+            out = multiply(weights, value, out * shrink)
+        else:
+            out = out * shrink + (multiply(weights, value) if sums == "fresh" else weights @ value)
         row_max = new_max
     return out / row_sum
 
@@ -94,14 +121,22 @@ def attune_int8(
     *,
     fp8: bool = True,
     block: int = 128,
-    turned: bool = True,
+    turned: int = 64,
     smooth_v: str = "corrected",
     k_group: int = 1,
+    smooth_k: bool = True,
+    sums: str = "float32",
+    top: float = E4M3_MAX,
 ) -> torch.Tensor:
-    """The recipe of kernels/int8; `turned`, `smooth_v` ("no", "mean", "corrected") and `k_group` leave parts out."""
-    k = k - k.mean(-2, keepdim=True)
+    """The recipe of kernels/int8, and others.
+
+    `turned`: channels that are rotated together, 0 for none; `smooth_v` is "no", "mean" or "corrected"; the rest see
+    above.
+    """
+    if smooth_k:
+        k = k - k.mean(-2, keepdim=True)
     if turned:
-        q, k = rotate(q), rotate(k)
+        q, k = rotate(q, turned), rotate(k, turned)
     scores = to_int8(q, 1) @ to_int8(k, k_group).transpose(-1, -2) * (q.shape[-1] ** -0.5 * math.log2(math.e))
     mean = torch.zeros_like(v[..., :1, :]) if smooth_v == "no" else v.mean(-2, keepdim=True)
     scale = (v - mean).abs().amax(-2, keepdim=True).clamp_min(1e-37) / (E4M3_MAX if fp8 else 1.0)
@@ -109,7 +144,7 @@ def attune_int8(
     rounded = e4m3(scaled) if fp8 else scaled.half().float()
     if smooth_v == "corrected":
         mean = mean + (scaled - rounded).mean(-2, keepdim=True) * scale
-    return blockwise(scores, rounded, block, fp8) * scale + mean
+    return blockwise(scores, rounded, block, fp8, sums, top) * scale + mean
 
 
 def sage2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
