@@ -52,7 +52,7 @@ def make_case(name: str, target: str) -> Any:
     tile = tiles.tile_for(tiles.EXACT if kind == "exact" else tiles.INT8, capability, width, masked)
     values = "fp8e4nv" if tile.fp8 else "fp16"
     types = {name: "*bf16" for name in ("Q", "K", "V", "Out")} | {"K8": "*i8", "V8": f"*{values}", "Mask": "*i1"}
-    types |= dict.fromkeys(("KScale", "Channels", "Residual", "Statistics"), "*fp32")
+    types |= dict.fromkeys(("KScale", "Numbers"), "*fp32")
     types |= dict.fromkeys(("scale", "half_largest"), "fp32")
     constants: dict[str, Any] = {"D": width, "EMULATE": False}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

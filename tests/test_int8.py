@@ -81,10 +81,22 @@ few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChec
 def check_case(attend: Attend, kernel: str, case: Case, tile: dict[str, Any]) -> None:
     q, k, v, mask = tensors(case, Layout.BHND)
     out = attend(kernel, q, k, v, mask=mask, scale=case.scale, tile=tile)
-    wanted = reference_attention(q, k, v, mask=mask, scale=case.scale, dtype=torch.float64)
     assert out.dtype is case.dtype and out.shape == q.shape
-    error = measure_errors(out, wanted).l2
+    error = relative_error(out, q, k, v, mask, case.scale)
     assert error <= tolerance(kernel, case), f"{case} {tile}: relative L2 error {error:.2g}"
+
+
+def relative_error(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> float:
+    """L2 error over the output's norm and, where outputs are few, what it would be if nothing cancelled out.
+
+    Of two values that nearly cancel out, rounding leaves nothing right; among many outputs that is nothing.
+    """
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "dtype": torch.float64}
+    wanted, most = reference_attention(q, k, v, **options), reference_attention(q, k, v.abs(), **options)
+    share = min(1.0, 4 / math.sqrt(out.numel()))
+    return float((out.double() - wanted).norm() / (wanted.norm() + share * most.norm()).clamp_min(1e-300))
 
 
 @few
@@ -110,6 +122,7 @@ def test_bf16_is_right_whatever_the_call(attend, drawn) -> None:
         Case(n=9, m=21, kv_heads=2, mask=(_, _, _, _), mask_dtype=F16, memory="odd"),
         Case(n=33, m=70, heads=2, kv_heads=2, mask=(_, 1, 1, _), memory="columns", scale=-0.3),
         Case(n=33, m=70, heads=2, kv_heads=2, mask=(1, 1, _, 1), mask_dtype=F32, memory="packed", scale=0.0),
+        Case(n=33, m=70, heads=2, kv_heads=2, batch=1, scale=1e-300),
     ],
     ids=str,
 )
@@ -180,7 +193,7 @@ def extremes(dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, ...]
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "fp16"])
 def test_finite_inputs_give_finite_outputs_within_the_values(attend, dtype: torch.dtype, fp8: bool) -> None:
     for name, (q, k, v) in extremes(dtype):
-        for scale in (None, -1e4, 3e38) if name.startswith(("largest", "all")) else (None,):
+        for scale in (None, -1e4, 1e300) if name.startswith(("largest", "all")) else (None,):
             out = attend("attune_int8", q, k, v, scale=scale, tile={"fp8": fp8}).double()
             assert torch.isfinite(out).all(), (name, scale)
             # An average lies among what it is of, but for rounding.

@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from standins.cases import BY_NAME, DTYPES, F16, F32, Case, tensors
-from test_int8 import OURS, cases, extremes, tolerance
+from test_int8 import OURS, cases, extremes, relative_error, tolerance
 from test_int8_accuracy import LENGTHS, hold
 
 from comfyui_attune.attention.call import AttentionCall, Layout
 from comfyui_attune.attention.errors import measure_errors
 from comfyui_attune.attention.kernel import machine_reasons
 from comfyui_attune.attention.machine import read_machine
-from comfyui_attune.attention.reference import reference_attention
 from support.int8_recipes import KINDS, exact, make_case, sage2
 
 pytestmark = pytest.mark.gpu
@@ -55,8 +54,7 @@ def test_bf16_is_right_whatever_the_call(drawn) -> None:
 def check(name: str, case: Case) -> None:
     q, k, v, mask = tensors(case, Layout.BHND)
     options = {} if mask is None else {"mask": mask}
-    wanted = reference_attention(q, k, v, mask=mask, scale=case.scale, dtype=torch.float64)
-    error = measure_errors(attend(name, q, k, v, scale=case.scale, **options), wanted).l2
+    error = relative_error(attend(name, q, k, v, scale=case.scale, **options), q, k, v, mask, case.scale)
     assert error <= tolerance(name, case), f"{case}: relative L2 error {error:.2g}"
 
 

@@ -55,8 +55,8 @@ def rotate(x, ROWS: tl.constexpr, D: tl.constexpr, EMULATE: tl.constexpr):
     parts = x.reshape(ROWS * (D // BLOCK), BLOCK)
     if x.dtype == tl.float32:
         matrix = signed_hadamard(tl.bfloat16)
-        high = parts.to(tl.bfloat16)
-        low = (parts - high.to(tl.float32)).to(tl.bfloat16)
+        high = narrow(parts, tl.bfloat16, EMULATE)
+        low = narrow(parts - high.to(tl.float32), tl.bfloat16, EMULATE)
         rotated = dot(low, matrix, dot(high, matrix, None, EMULATE), EMULATE)
     else:
         rotated = dot(parts, signed_hadamard(x.dtype), None, EMULATE)
@@ -97,6 +97,16 @@ def to_e4m3(x, EMULATE: tl.constexpr):
         unit = ((exponent - 3 + 23) << 23).to(tl.float32, bitcast=True) * 1.5
         x = (x + unit) - unit
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """x in float32 as `dtype`, rounded to the nearest; for the interpreter (EMULATE) bfloat16 as e4m3 above."""
+    if EMULATE and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit

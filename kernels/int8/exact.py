@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LOG2E, dot, mask_rows, read_mask, weigh
+from .common import LOG2E, dot, mask_rows, narrow, read_mask, weigh
 
 
 @triton.jit
@@ -61,7 +61,8 @@ def attend_exact(
     if PADDED:
         there = there & (dims < dim)[None, :]
     q = tl.load(Q + row[:, None] * q_sn + dims.to(tl.int64)[None, :] * q_sd, mask=there, other=0.0)
-    q = tl.where(scale < 0, -q, q)
+    # In float32, which changes nothing: the interpreter cannot negate bfloat16.
+    q = tl.where(scale < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
     q_scale = tl.zeros([BM], tl.float32) + tl.abs(scale) * LOG2E
 
     row_max = tl.full([BM], float("-inf"), tl.float32)
@@ -79,7 +80,7 @@ def attend_exact(
             bias = read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
         weights, shrink, row_max, row_sum = weigh(scores, q_scale, bias, row_max, row_sum, 0.0, MASK != "")
         v = load_rows(V, batch32, start, head32, dims, kv_len, v_sn, v_sd, dim, D, BN, TMA, PADDED, False)
-        acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], EMULATE)
+        acc = dot(narrow(weights, v.dtype, EMULATE), v, acc * shrink[:, None], EMULATE)
         scores = next_scores
 
     if MASK != "":
@@ -88,8 +89,12 @@ def attend_exact(
         bias = tl.where(last + keys < kv_len, 0.0, float("-inf"))[None, :]
     weights, shrink, row_max, row_sum = weigh(scores, q_scale, bias, row_max, row_sum, 0.0, True)
     v = load_rows(V, batch32, last, head32, dims, kv_len, v_sn, v_sd, dim, D, BN, TMA, PADDED, True)
-    acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], EMULATE)
+    acc = dot(narrow(weights, v.dtype, EMULATE), v, acc * shrink[:, None], EMULATE)
 
     acc = tl.where(row_sum[:, None] == 0.0, 0.0, acc / row_sum[:, None])  # no key at all: zeros, as in PyTorch
     Out += batch * o_sb + head * o_sh + first_query.to(tl.int64) * o_sn
-    tl.store(Out + row[:, None] * o_sn + dims.to(tl.int64)[None, :] * o_sd, acc.to(Out.dtype.element_ty), mask=there)
+    tl.store(
+        Out + row[:, None] * o_sn + dims.to(tl.int64)[None, :] * o_sd,
+        narrow(acc, Out.dtype.element_ty, EMULATE),
+        mask=there,
+    )

@@ -6,8 +6,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import BLOCK, CHUNKS, LOG2E, mask_rows, poison, read_mask, relabel_keys, rotate, to_e4m3, to_int8, weigh
-from .quantise import CHANNELS, K_BOUND, V_MEAN, V_SCALE
+from .common import (
+    BLOCK,
+    CHUNKS,
+    LOG2E,
+    mask_rows,
+    narrow,
+    poison,
+    read_mask,
+    relabel_keys,
+    rotate,
+    to_e4m3,
+    to_int8,
+    weigh,
+)
+from .quantise import CHUNK_ROWS, HEAD_ROWS, K_BOUND, RESIDUAL, V_MEAN, V_SCALE
 
 # No score, in powers of two, is beyond this: rounding a row's maximum then changes weights by 16 at most, and nothing
 # overflows. Scores that large mean that one key has all the weight, before and after.
@@ -56,7 +69,7 @@ def add_values(
 
 @triton.jit(do_not_specialize=["heads", "group", "q_len", "kv_len", "dim", "chunks"])
 def attend(
-    Q, K8, KScale, V8, Channels, Residual, Mask, Out,
+    Q, K8, KScale, V8, Numbers, Mask, Out,
     q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd, m_sb, m_sh, m_sn, m_sm,
     heads, group, q_len, kv_len, kv_pad, dim, chunks, scale, half_largest,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
@@ -76,7 +89,8 @@ def attend(
     queries = first_query + tl.arange(0, BM)
     keys = tl.arange(0, BN)
     dims = tl.arange(0, D)
-    Channels += key_head * CHANNELS * D
+    Numbers += key_head * (chunks * CHUNK_ROWS + HEAD_ROWS) * D
+    of_head = Numbers + chunks * CHUNK_ROWS * D
     KScale += key_head * kv_pad
     first, first_dim = 0, 0
     if TMA:
@@ -98,7 +112,7 @@ def attend(
     largest = tl.max(tl.abs(q), 1)
     # What halving and rotating have divided scores by, and the two factors 127 of int8.
     unit: tl.constexpr = LOG2E * (4 * BLOCK if ROTATE else 4) / (127.0 * 127.0)
-    q_scale = tl.minimum(largest * tl.abs(scale) * unit, 1e38) * tl.load(Channels + K_BOUND * D)
+    q_scale = tl.minimum(largest * tl.abs(scale) * unit, 1e38) * tl.load(of_head + K_BOUND * D)
     q_scale = tl.minimum(q_scale, LARGEST_SCORE / (127.0 * 127.0 * D)) + poison(q, 1)
     q = to_int8(tl.where(scale < 0, -q, q), largest[:, None])
 
@@ -133,13 +147,18 @@ def attend(
     acc = add_values(acc, weights, shrink, v, BM, BN, FP8, EMULATE)
 
     # Values went in as (v/2 - mean) / v_scale.
-    mean = tl.load(Channels + V_MEAN * D + dims)
+    mean = tl.load(of_head + V_MEAN * D + dims)
     if FP8:
         part = tl.arange(0, CHUNKS)[:, None]
-        rounded_off = tl.load(Residual + (key_head * chunks + part) * D + dims[None, :], mask=part < chunks, other=0.0)
+        residual = Numbers + (part * CHUNK_ROWS + RESIDUAL) * D + dims[None, :]
+        rounded_off = tl.load(residual, mask=part < chunks, other=0.0)
         mean += tl.sum(rounded_off, 0)
-    acc = acc / row_sum[:, None] * tl.load(Channels + V_SCALE * D + dims)[None, :] + mean[None, :]
+    acc = acc / row_sum[:, None] * tl.load(of_head + V_SCALE * D + dims)[None, :] + mean[None, :]
     acc = tl.where(row_sum[:, None] == 0.0, 0.0, acc)  # no key at all: zeros, as in PyTorch
     acc = 2.0 * tl.clamp(acc, -half_largest, half_largest, propagate_nan=tl.PropagateNan.ALL)
     Out += batch * o_sb + head * o_sh + first_query.to(tl.int64) * o_sn
-    tl.store(Out + row[:, None] * o_sn + dims.to(tl.int64)[None, :] * o_sd, acc.to(Out.dtype.element_ty), mask=there)
+    tl.store(
+        Out + row[:, None] * o_sn + dims.to(tl.int64)[None, :] * o_sd,
+        narrow(acc, Out.dtype.element_ty, EMULATE),
+        mask=there,
+    )

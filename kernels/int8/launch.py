@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._common import capability
 from .exact import attend_exact
 from .forward import attend
-from .quantise import CHANNELS, STATISTICS, collect_statistics, quantise
+from .quantise import CHUNK_ROWS, HEAD_ROWS, collect_statistics, quantise
 from .tiles import EXACT, INT8, Tile, at_once, chunk_plan, tile_for, width_of
 
 # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
@@ -46,18 +46,17 @@ def int8_attention(
     else:
         v8 = torch.empty((key_heads * plan.padded, width), dtype=torch.float16, device=device)
     k_scale = torch.empty((key_heads, plan.padded), dtype=float32, device=device)
-    statistics = torch.empty((key_heads, plan.chunks, STATISTICS.value, width), dtype=float32, device=device)
-    residual = torch.empty((key_heads, plan.chunks, width), dtype=float32, device=device)
-    channels = torch.empty((key_heads, CHANNELS.value, width), dtype=float32, device=device)
+    rows = plan.chunks * CHUNK_ROWS.value + HEAD_ROWS.value
+    numbers = torch.empty((key_heads, rows, width), dtype=float32, device=device)
 
     strides = [tensor.stride(axis) for tensor in (k, v) for axis in _AXES]
     programs = key_heads * plan.chunks
     collect_statistics[(programs,)](
-        k, v, statistics, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks,
+        k, v, numbers, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks,
         D=width, BT=at_once(width), num_warps=8,
     )  # fmt: skip
     quantise[(programs, 2)](
-        k, v, statistics, k8, k_scale, v8, channels, residual, *strides,
+        k, v, numbers, k8, k_scale, v8, *strides,
         kv_heads, kv_len, plan.padded, dim, plan.chunk, plan.chunks,
         D=width, BT=at_once(width), ROTATE=tile.rotate, FP8=tile.fp8, EMULATE=INTERPRETED, num_warps=8,
     )  # fmt: skip
@@ -66,10 +65,10 @@ def int8_attention(
         keys = TensorDescriptor.from_tensor(k8, [tile.bn, width])
         values = TensorDescriptor.from_tensor(v8, [width, tile.bn] if tile.fp8 else [tile.bn, width])
     attend[(batch * heads * -(-q_len // tile.bm),)](
-        q, keys, k_scale, values, channels, residual, q if mask is None else mask, out,
+        q, keys, k_scale, values, numbers, q if mask is None else mask, out,
         *(tensor.stride(axis) for tensor in (q, out) for axis in _AXES), *mask_strides(mask),
         heads, heads // kv_heads, q_len, kv_len, plan.padded, dim, plan.chunks,
-        float(dim**-0.5 if scale is None else scale), torch.finfo(q.dtype).max / 2,
+        scale_of(dim, scale), torch.finfo(q.dtype).max / 2,
         BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, PADDED=dim != width, WIDE=wide(q, tile.bm),
         ROTATE=tile.rotate, FP8=tile.fp8, TMA=tile.tma,
         MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
@@ -99,7 +98,7 @@ def exact_attention(
     attend_exact[(batch * heads * -(-q_len // tile.bm),)](
         q, descriptor(k, block) if tma else k, descriptor(v, block) if tma else v, q if mask is None else mask, out,
         *(tensor.stride(axis) for tensor in (q, k, v, out) for axis in _AXES), *mask_strides(mask),
-        heads, heads // kv_heads, q_len, kv_len, dim, float(dim**-0.5 if scale is None else scale),
+        heads, heads // kv_heads, q_len, kv_len, dim, scale_of(dim, scale),
         BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, TMA=tma, PADDED=dim != width, WIDE=wide(q, tile.bm),
         MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -110,6 +109,12 @@ def exact_attention(
 def wide(q: torch.Tensor, rows: int) -> bool:
     """Do places in a tile of so many rows of q need 64 bits? Those of the output never do: it is contiguous."""
     return q.stride(1) * rows >= 2**31
+
+
+def scale_of(dim: int, scale: float | None) -> float:
+    """The scale as a number that float32 has: what is too large is cut, what is too small is 0."""
+    scale = dim**-0.5 if scale is None else float(scale)
+    return 0.0 if abs(scale) < 2.0**-126 else max(-3e38, min(scale, 3e38))
 
 
 def _steps(tensor: torch.Tensor) -> list[int]:

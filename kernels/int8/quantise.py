@@ -12,24 +12,24 @@ import triton.language as tl
 
 from .common import CHUNKS, E4M3_MAX, TINY, poison, relabel_keys, rotate, rotate_one, to_e4m3, to_int8
 
-# Rows of the statistics of a chunk, each with a number per channel.
+# What is kept of a key head besides K8 and V8: rows with a number per channel, in float32. First these of each chunk …
 K_SUM = tl.constexpr(0)  # Σ k / tokens
 K_LARGEST = tl.constexpr(1)  # max |k|
 V_SUM = tl.constexpr(2)  # Σ v/2 / tokens
 V_HIGH = tl.constexpr(3)  # max v/2
 V_LOW = tl.constexpr(4)  # min v/2
-STATISTICS = tl.constexpr(5)
-
-# Rows of what is kept per key head, each with a number per channel.
+RESIDUAL = tl.constexpr(5)  # what rounding took from the mean of v/2, by this chunk
+CHUNK_ROWS = tl.constexpr(6)
+# … and after them these of the whole head.
 V_MEAN = tl.constexpr(0)  # mean of v/2
 V_SCALE = tl.constexpr(1)  # largest |v/2 - mean|, divided by the largest number V is stored as
 K_BOUND = tl.constexpr(2)  # one number: no rotated key has a component beyond it
-CHANNELS = tl.constexpr(3)
+HEAD_ROWS = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
 def collect_statistics(
-    K, V, Statistics,
+    K, V, Numbers,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
     kv_heads, kv_len, dim, chunk, chunks,
     D: tl.constexpr, BT: tl.constexpr,
@@ -60,28 +60,28 @@ def collect_statistics(
         v_sum += tl.sum(v * share, 0)
         v_high = tl.maximum(v_high, tl.max(tl.where(there, v, float("-inf")), 0))
         v_low = tl.minimum(v_low, tl.min(tl.where(there, v, float("inf")), 0))
-    Statistics += program.to(tl.int64) * STATISTICS * D + dims
-    tl.store(Statistics + K_SUM * D, k_sum)
-    tl.store(Statistics + K_LARGEST * D, k_largest)
-    tl.store(Statistics + V_SUM * D, v_sum)
-    tl.store(Statistics + V_HIGH * D, v_high)
-    tl.store(Statistics + V_LOW * D, v_low)
+    Numbers += head * (chunks * CHUNK_ROWS + HEAD_ROWS) * D + program % chunks * CHUNK_ROWS * D + dims
+    tl.store(Numbers + K_SUM * D, k_sum)
+    tl.store(Numbers + K_LARGEST * D, k_largest)
+    tl.store(Numbers + V_SUM * D, v_sum)
+    tl.store(Numbers + V_HIGH * D, v_high)
+    tl.store(Numbers + V_LOW * D, v_low)
 
 
 @triton.jit
 def quantise_keys(
-    K, Statistics, K8, KScale, Bound, k_sn, k_sd, first, kv_len, kv_pad, dim, chunk, chunks,
+    K, Numbers, K8, KScale, k_sn, k_sd, first, kv_len, kv_pad, dim, chunk, chunks,
     D: tl.constexpr, BT: tl.constexpr, ROTATE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of keys, less their mean and rotated, to int8, each token with a scale. Pointers are the head's."""
     dims = tl.arange(0, D)
     part = tl.arange(0, CHUNKS)[:, None]
-    of_part = Statistics + part * (STATISTICS * D) + dims[None, :]
+    of_part = Numbers + part * (CHUNK_ROWS * D) + dims[None, :]
     mean = tl.sum(tl.load(of_part + K_SUM * D, mask=part < chunks, other=0.0), 0)
     # Rotating divides by 128, so no sum of 64 numbers, and no difference of two such sums, is beyond the largest key.
     bound = tl.max(tl.max(tl.load(of_part + K_LARGEST * D, mask=part < chunks, other=0.0), 0), 0)
     if first == 0:
-        tl.store(Bound, bound)
+        tl.store(Numbers + (chunks * CHUNK_ROWS + K_BOUND) * D, bound)
     mean = rotate_one(mean, D) if ROTATE else mean * 0.5
     for start in range(first, tl.minimum(first + chunk, kv_pad), BT):
         tokens = start + tl.arange(0, BT)
@@ -97,13 +97,13 @@ def quantise_keys(
 
 @triton.jit
 def quantise_values(
-    V, Statistics, V8, Channels, Residual, v_sn, v_sd, first, kv_len, kv_pad, dim, chunk, chunks,
+    V, Numbers, V8, v_sn, v_sd, first, kv_len, kv_pad, dim, chunk, chunks,
     D: tl.constexpr, BT: tl.constexpr, FP8: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of values, less their mean, to e4m3 or fp16, each channel with a scale. Pointers are the head's."""
     dims = tl.arange(0, D)
     part = tl.arange(0, CHUNKS)[:, None]
-    of_part = Statistics + part * (STATISTICS * D) + dims[None, :]
+    of_part = Numbers + part * (CHUNK_ROWS * D) + dims[None, :]
     mean = tl.sum(tl.load(of_part + V_SUM * D, mask=part < chunks, other=0.0), 0)
     high = tl.max(tl.load(of_part + V_HIGH * D, mask=part < chunks, other=float("-inf")), 0)
     low = tl.min(tl.load(of_part + V_LOW * D, mask=part < chunks, other=float("inf")), 0)
@@ -111,8 +111,9 @@ def quantise_values(
     # fp16 is kept far from its ends: weights are at most 1 there, and products are added up in float32.
     top: tl.constexpr = E4M3_MAX if FP8 else 1.0
     if first == 0:
-        tl.store(Channels + V_MEAN * D + dims, mean)
-        tl.store(Channels + V_SCALE * D + dims, largest * (1.0 / top))
+        of_head = Numbers + chunks * CHUNK_ROWS * D + dims
+        tl.store(of_head + V_MEAN * D, mean)
+        tl.store(of_head + V_SCALE * D, largest * (1.0 / top))
     residual = tl.zeros([D], tl.float32)
     for start in range(first, tl.minimum(first + chunk, kv_pad), BT):
         tokens = start + tl.arange(0, BT)
@@ -129,12 +130,13 @@ def quantise_values(
         else:
             tl.store(V8 + token * D + dims[None, :], v.to(tl.float16))
     if FP8:
-        tl.store(Residual + dims, residual * (largest * (1.0 / top)) / kv_len)
+        row = first // chunk * CHUNK_ROWS + RESIDUAL
+        tl.store(Numbers + row * D + dims, residual * (largest * (1.0 / top)) / kv_len)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
 def quantise(
-    K, V, Statistics, K8, KScale, V8, Channels, Residual,
+    K, V, Numbers, K8, KScale, V8,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
     kv_heads, kv_len, kv_pad, dim, chunk, chunks,
     D: tl.constexpr, BT: tl.constexpr, ROTATE: tl.constexpr, FP8: tl.constexpr, EMULATE: tl.constexpr,
@@ -142,22 +144,19 @@ def quantise(
     """K8 (heads, kv_pad, D) in int8 with a scale per token; V8, what is left of V, and numbers per channel.
 
     V8 is (heads, D, kv_pad) in e4m3 with relabelled keys, or (heads, kv_pad, D) in fp16. Tokens beyond kv_len are 0.
-    Residual is what rounding took from the mean of V, by chunk. Grid: (key heads of the batch · chunks, K or V).
+    Grid: (key heads of the batch · chunks, K or V).
     """
     program = tl.program_id(0)
     head = (program // chunks).to(tl.int64)
     first = (program % chunks) * chunk
-    Statistics += head * chunks * STATISTICS * D
-    Channels += head * CHANNELS * D
+    Numbers += head * (chunks * CHUNK_ROWS + HEAD_ROWS) * D
     if tl.program_id(1) == 0:
         quantise_keys(
-            K + head // kv_heads * k_sb + head % kv_heads * k_sh, Statistics, K8 + head * kv_pad * D,
-            KScale + head * kv_pad, Channels + K_BOUND * D, k_sn, k_sd, first, kv_len, kv_pad, dim, chunk, chunks,
-            D, BT, ROTATE, EMULATE,
+            K + head // kv_heads * k_sb + head % kv_heads * k_sh, Numbers, K8 + head * kv_pad * D,
+            KScale + head * kv_pad, k_sn, k_sd, first, kv_len, kv_pad, dim, chunk, chunks, D, BT, ROTATE, EMULATE,
         )  # fmt: skip
     else:
         quantise_values(
-            V + head // kv_heads * v_sb + head % kv_heads * v_sh, Statistics, V8 + head * kv_pad * D,
-            Channels, Residual + program.to(tl.int64) * D, v_sn, v_sd, first, kv_len, kv_pad, dim, chunk, chunks,
-            D, BT, FP8, EMULATE,
+            V + head // kv_heads * v_sb + head % kv_heads * v_sh, Numbers, V8 + head * kv_pad * D,
+            v_sn, v_sd, first, kv_len, kv_pad, dim, chunk, chunks, D, BT, FP8, EMULATE,
         )  # fmt: skip
