@@ -167,7 +167,7 @@ def test_a_row_of_the_most_negative_number_counts_all_keys_alike(attend, kernel:
 def extremes(dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
     """Finite inputs that have broken kernels, or could."""
     largest = torch.finfo(dtype).max
-    q, k, v = inputs(1, 1, 70, 64, dtype=dtype)
+    q, k, v = inputs(1, 1, 40, 64, dtype=dtype)
     signs = tuple(t.sign() * largest for t in (q, k, v))
     one = k.clone()
     one[:, :, 13] = largest
@@ -189,8 +189,7 @@ def extremes(dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, ...]
     yield "smallest numbers", tuple(t.sign() * torch.finfo(dtype).tiny for t in signs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "fp16"])
+@pytest.mark.parametrize(("dtype", "fp8"), [*((dtype, True) for dtype in DTYPES), (F32, False)])
 def test_finite_inputs_give_finite_outputs_within_the_values(attend, dtype: torch.dtype, fp8: bool) -> None:
     for name, (q, k, v) in extremes(dtype):
         for scale in (None, -1e4, 1e300) if name.startswith(("largest", "all")) else (None,):

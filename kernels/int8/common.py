@@ -54,7 +54,8 @@ def rotate(x, ROWS: tl.constexpr, D: tl.constexpr, EMULATE: tl.constexpr):
     """
     parts = x.reshape(ROWS * (D // BLOCK), BLOCK)
     if x.dtype == tl.float32:
-        matrix = signed_hadamard(tl.bfloat16)
+        # Halved, as float32's largest number would be rounded up to infinity.
+        parts, matrix = parts * 0.5, (signed_hadamard(tl.float32) * 2.0).to(tl.bfloat16)
         high = narrow(parts, tl.bfloat16, EMULATE)
         low = narrow(parts - high.to(tl.float32), tl.bfloat16, EMULATE)
         rotated = dot(low, matrix, dot(high, matrix, None, EMULATE), EMULATE)

@@ -15,7 +15,7 @@ from .tiles import EXACT, INT8, Tile, at_once, chunk_plan, tile_for, width_of
 
 # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
 INTERPRETED = not isinstance(attend, triton.JITFunction)
-_AXES = (0, 2, 1, 3)  # strides are handed over in the order batch, head, token, channel
+_HALF_LARGEST = {dtype: torch.finfo(dtype).max / 2 for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
 def int8_attention(
@@ -49,7 +49,7 @@ def int8_attention(
     rows = plan.chunks * CHUNK_ROWS.value + HEAD_ROWS.value
     numbers = torch.empty((key_heads, rows, width), dtype=float32, device=device)
 
-    strides = [tensor.stride(axis) for tensor in (k, v) for axis in _AXES]
+    strides = *strides_of(k), *strides_of(v)
     programs = key_heads * plan.chunks
     collect_statistics[(programs,)](
         k, v, numbers, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks,
@@ -66,9 +66,9 @@ def int8_attention(
         values = TensorDescriptor.from_tensor(v8, [width, tile.bn] if tile.fp8 else [tile.bn, width])
     attend[(batch * heads * -(-q_len // tile.bm),)](
         q, keys, k_scale, values, numbers, q if mask is None else mask, out,
-        *(tensor.stride(axis) for tensor in (q, out) for axis in _AXES), *mask_strides(mask),
+        *strides_of(q), *strides_of(out), *mask_strides(mask),
         heads, heads // kv_heads, q_len, kv_len, plan.padded, dim, plan.chunks,
-        scale_of(dim, scale), torch.finfo(q.dtype).max / 2,
+        scale_of(dim, scale), _HALF_LARGEST[q.dtype],
         BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, PADDED=dim != width, WIDE=wide(q, tile.bm),
         ROTATE=tile.rotate, FP8=tile.fp8, TMA=tile.tma,
         MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
@@ -97,7 +97,7 @@ def exact_attention(
     block = [1, tile.bn, 1, width]
     attend_exact[(batch * heads * -(-q_len // tile.bm),)](
         q, descriptor(k, block) if tma else k, descriptor(v, block) if tma else v, q if mask is None else mask, out,
-        *(tensor.stride(axis) for tensor in (q, k, v, out) for axis in _AXES), *mask_strides(mask),
+        *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *mask_strides(mask),
         heads, heads // kv_heads, q_len, kv_len, dim, scale_of(dim, scale),
         BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, TMA=tma, PADDED=dim != width, WIDE=wide(q, tile.bm),
         MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
@@ -109,6 +109,12 @@ def exact_attention(
 def wide(q: torch.Tensor, rows: int) -> bool:
     """Do places in a tile of so many rows of q need 64 bits? Those of the output never do: it is contiguous."""
     return q.stride(1) * rows >= 2**31
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """Those of (B, tokens, H, D) in the order in which kernels take them: batch, head, token, channel."""
+    batch, token, head, channel = tensor.stride()
+    return batch, head, token, channel
 
 
 def scale_of(dim: int, scale: float | None) -> float:
