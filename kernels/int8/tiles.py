@@ -1,7 +1,7 @@
 """How big the tiles are, per architecture: data, and the sizes of buffers that follow from a call.
 
 The tiles are those without local memory in the loop and with the fewest instructions per score, by the static reports
-(benchmarks/static/, docs/int8-log.md there). None has been timed.
+(benchmarks/static/, benchmarks/int8-log.md). None has been timed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _AMPERE: Table = {
 }
 _ADA: Table = {key: replace(tile, fp8=True) for key, tile in _AMPERE.items()}
 _HOPPER: Table = {
-    (64, False): Tile(128, 128, 8, 2, fp8=True, tma=True),
-    (128, False): Tile(128, 128, 8, 2, fp8=True, tma=True),
+    (64, False): Tile(128, 128, 8, 3, fp8=True, tma=True),
+    (128, False): Tile(128, 128, 8, 3, fp8=True, tma=True),
     (256, False): Tile(64, 64, 8, 2, fp8=True, tma=True),
     (64, True): Tile(128, 64, 8, 2, fp8=True, tma=True),
     (128, True): Tile(128, 64, 8, 2, fp8=True, tma=True),
