@@ -17,8 +17,9 @@ from comfyui_attune.attention.call import AttentionCall, Layout, Mask
 from comfyui_attune.attention.errors import measure_errors
 from comfyui_attune.attention.kernel import reasons_against
 from comfyui_attune.attention.reference import reference_attention
-from support.interpreter import Interpreter
+from support.interpreter import WHY_NOT, Interpreter
 
+needs_triton = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 _ = WHOLE
 OURS = ("attune_int8", "attune_bf16")
 Attend = Any  # (kernel, q, k, v, mask=, scale=, tile=) → output, all of them (B, H, tokens, D)
@@ -26,6 +27,8 @@ Attend = Any  # (kernel, q, k, v, mask=, scale=, tile=) → output, all of them 
 
 @pytest.fixture(scope="module")
 def attend() -> Iterator[Attend]:
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
     child = Interpreter()
 
     def run(kernel: str, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -264,6 +267,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@needs_triton
 @pytest.mark.parametrize(("kernel", "most"), [("attune_int8", 3), ("attune_bf16", 1)])
 @pytest.mark.parametrize("memory", ["side by side", "heads outside"])
 def test_a_call_copies_nothing_and_launches_little(kernel: str, most: int, memory: str, monkeypatch) -> None:
@@ -289,6 +293,7 @@ def test_a_call_copies_nothing_and_launches_little(kernel: str, most: int, memor
         assert extra < 1.01 * quantised < workspace  # values in 8 bits; the declaration also covers those in 16
 
 
+@needs_triton
 @pytest.mark.parametrize("kernel", OURS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_compiled_graph_holds_the_kernel_as_one_operator(kernel: str, monkeypatch) -> None:

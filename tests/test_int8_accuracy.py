@@ -14,7 +14,7 @@ import torch
 
 from comfyui_attune.attention.errors import Errors, make_inputs, measure_errors
 from support.int8_recipes import KINDS, attune_int8, exact, make_case, sage2
-from support.interpreter import Interpreter
+from support.interpreter import WHY_NOT, Interpreter
 
 LENGTHS = (1024, 8192, 32_768, 75_600)
 QUERIES = 64
@@ -76,6 +76,8 @@ def test_every_part_of_the_recipe_earns_its_place(part: str) -> None:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
     child = Interpreter()
     yield child
     child.stop()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from support.interpreter import WHY_NOT
 from support.loading import ROOT
 
 _spec = importlib.util.spec_from_file_location("attune_int8_static", ROOT / "benchmarks" / "int8_static.py")
@@ -56,7 +57,7 @@ def test_scores_are_multiplied_in_8_bits_and_values_in_what_the_gpu_has() -> Non
         assert ("e4m3" in matrix or "tcgen05" in matrix) is (target != "sm_80"), target
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which has no wheel here")
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 @pytest.mark.parametrize(("target", "name"), AGAIN)
 def test_compiled_again_it_is_what_the_report_says(target: str, name: str, tmp_path, monkeypatch) -> None:
     import triton

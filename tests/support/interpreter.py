@@ -7,6 +7,7 @@ program this file is the child: it takes pickled requests from its input and ans
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# For skipif: why kernels cannot be run or compiled here, or "".
+WHY_NOT = "" if importlib.util.find_spec("triton") else "Triton is not installed; it has no wheels for this system"
 
 
 class Interpreter:
