@@ -8,11 +8,10 @@ from typing import Any
 from .kernel import Kernel, machine_reasons
 from .machine import Machine
 
-# Kernels that have a name and are not there: outside ComfyUI, or in this version.
+# Kernels that have a name and are not there outside ComfyUI.
 _ELSEWHERE = {
     "sub_quad": ("ComfyUI sub-quadratic attention", "comfyui", "exact", "exists only inside ComfyUI"),
     "basic": ("ComfyUI basic attention", "comfyui", "exact", "exists only inside ComfyUI"),
-    "attune_int8": ("Our own 8-bit Triton kernel", "", "lossy", "is not part of this version yet"),
 }
 
 

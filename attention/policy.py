@@ -40,6 +40,7 @@ KERNEL_NAMES: tuple[str, ...] = (
     "split",
     "sub_quad",
     "basic",
+    "attune_bf16",
 )
 
 # A family's name means its members, best first; each still has to be able to run.

@@ -30,6 +30,7 @@ _OF: dict[str, str] = {
     "sage3_per_block_mean": "#F0935A",
     "kitchen_int8": "#CC79A7",
     "attune_int8": "#8E3E6C",
+    "attune_bf16": "#4E1F3B",
     "split": "#F0E442",
     "sub_quad": "#3D3D3D",
     "basic": "#C2C2C2",

@@ -1,0 +1,129 @@
+"""What the compiler makes of the kernels in kernels/int8/, for GPUs that are not here: benchmarks/static/sm_*.json.
+
+    python benchmarks/int8_static.py [--target sm_90 ...] [--case attend-128 ...] [--assembly FOLDER] [--write]
+
+Compiled are the tiles that the pack ships, in bfloat16. Prints a line per kernel; with --write the reports are written
+(all cases of a target, so without --case). What the fields mean is said in triton_static.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "benchmarks" / "static"
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+# Kernel and width; "-mask": a bool mask over queries and keys.
+CASES = (
+    *("attend-64", "attend-128", "attend-256", "attend-128-mask", "quantise-128", "statistics-128"),
+    *("exact-64", "exact-128", "exact-128-mask"),
+)
+
+
+def load(name: str, path: Path, **options: Any) -> Any:
+    """A module from its file, without its folder on `sys.path`; one that is loaded already is taken as it is."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path, **options)
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def load_all() -> Any:
+    """Import this checkout as `comfyui_attune`, and give the module triton_static."""
+    load("comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    return load("attune_triton_static", ROOT / "benchmarks" / "triton_static.py")
+
+
+def make_case(name: str, target: str) -> Any:
+    """The Case `name` of CASES with the tile that the pack has for `target`."""
+    static = load_all()
+    from comfyui_attune.kernels.int8 import exact, forward, quantise, tiles
+
+    kind, width_text, *rest = name.split("-")
+    width, masked = int(width_text), bool(rest)
+    capability = divmod(int(target.removeprefix("sm_")), 10)
+    tile = tiles.tile_for(tiles.EXACT if kind == "exact" else tiles.INT8, capability, width, masked)
+    values = "fp8e4nv" if tile.fp8 else "fp16"
+    types = {name: "*bf16" for name in ("Q", "K", "V", "Out")} | {"K8": "*i8", "V8": f"*{values}", "Mask": "*i1"}
+    types |= dict.fromkeys(("KScale", "Numbers"), "*fp32")
+    types |= dict.fromkeys(("scale", "half_largest"), "fp32")
+    constants: dict[str, Any] = {"D": width, "EMULATE": False}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if kind in ("attend", "exact"):
+        kernel = exact.attend_exact if kind == "exact" else forward.attend
+        constants |= {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages, "TMA": tile.tma}
+        constants |= {"MASK": "bool" if masked else "", "BY_QUERY": masked}
+        constants |= {"PADDED": False, "WIDE": False, "ROTATE": tile.rotate, "FP8": tile.fp8}
+        if tile.tma:
+            block = f"{width},{tile.bn}" if tile.fp8 else f"{tile.bn},{width}"
+            types |= {"K8": f"tensordesc<i8[{tile.bn},{width}]>", "V8": f"tensordesc<{values}[{block}]>"}
+            if kind == "exact":
+                types |= dict.fromkeys(("K", "V"), f"tensordesc<bf16[1,{tile.bn},1,{width}]>")
+    else:
+        kernel = quantise.quantise if kind == "quantise" else quantise.collect_statistics
+        constants |= {"BT": tiles.at_once(width), "ROTATE": tile.rotate, "FP8": tile.fp8}
+        options = {"num_warps": 8}
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    # A model's tensors: channels side by side, and everything else at multiples of 16.
+    constants |= {name: 1 for name in names if name.endswith("_sd")}
+    if masked:
+        constants["m_sm"] = 1
+    types = {name: types.get(name, "i32") for name in names if name not in constants}
+    divisible = tuple(
+        name for name, kind in types.items() if kind.startswith("*") or name == "kv_pad" or name[1:3] == "_s"
+    )
+    return static.Case(name, kernel, types, constants, divisible, options)
+
+
+def report(name: str, target: str, assembly: Path | None = None) -> dict[str, Any]:
+    """The report of one case, with its tile."""
+    case = make_case(name, target)
+    sizes = {key: case.constants[key] for key in ("BM", "BN", "BT", "STAGES", "TMA", "FP8") if key in case.constants}
+    return {"tile": sizes, **load_all().measure(case, target, assembly)}
+
+
+def line(name: str, target: str, found: dict[str, Any]) -> str:
+    loop, tile = found["loop"], found["tile"]
+    text = f"{target:6} {name:16} registers {found['registers']:3}, stack {found['stack']:3} B, "
+    text += f"shared {found['shared']:6} B"
+    if "BM" not in tile:
+        return text
+    each = loop["instructions"] * 32 * found["warps"] / (tile["BM"] * tile["BN"])
+    return (
+        f"{text}; loop {tile['BM']}x{tile['BN']}: {loop['instructions']} instructions, {each:.1f} per score, "
+        f"{loop['spills']} spills, {loop['overlapped']} exponentials overlapped: {loop['order'][:60]}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", default=TARGETS, metavar="SM")
+    parser.add_argument("--case", nargs="+", default=CASES, choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--assembly", type=Path, metavar="FOLDER", help="leave PTX, TTGIR and SASS there")
+    parser.add_argument("--write", action="store_true", help=f"write {REPORTS.relative_to(ROOT)}/sm_*.json")
+    options = parser.parse_args()
+    if options.write and tuple(options.case) != CASES:
+        parser.error("--write wants all cases: leave --case out")
+    import triton
+
+    for target in options.target:
+        found = {}
+        for name in options.case:
+            found[name] = report(name, target, options.assembly)
+            print(line(name, target, found[name]), flush=True)
+        if options.write:
+            REPORTS.mkdir(exist_ok=True)
+            text = json.dumps({"triton": triton.__version__, "kernels": found}, indent=1)
+            (REPORTS / f"{target}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""How big the tiles are, per architecture: data, and the sizes of buffers that follow from a call.
+
+The tiles are those without local memory in the loop and with the fewest instructions per score, by the static reports
+(benchmarks/static/, benchmarks/int8-log.md). None has been timed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+TOKENS = 128  # lengths of buffers and chunks are multiples of it; every BN divides it
+CHUNKS = 64  # at most so many programs for the keys of a head; they leave statistics that are added up in one go
+WIDTHS = (64, 128, 256)  # what head dimensions are padded to, in the kernels' own buffers and registers
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """BM queries and BN keys a turn, warps, stages of the pipeline.
+
+    `fp8`: V and its weights are e4m3, else 16 bits. `tma`: K and V come through tensor descriptors, else pointers.
+    """
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    fp8: bool = False
+    tma: bool = False
+    rotate: bool = True
+
+
+# (width, with a mask) → tile.
+Table = dict[tuple[int, bool], Tile]
+_AMPERE: Table = {
+    (64, False): Tile(128, 64, 8, 2),
+    (128, False): Tile(128, 64, 8, 2),
+    (256, False): Tile(32, 64, 4, 2),
+    (64, True): Tile(128, 64, 8, 2),
+    (128, True): Tile(64, 64, 8, 2),
+    (256, True): Tile(32, 32, 4, 2),
+}
+_ADA: Table = {key: replace(tile, fp8=True) for key, tile in _AMPERE.items()}
+_HOPPER: Table = {
+    (64, False): Tile(128, 128, 8, 3, fp8=True, tma=True),
+    (128, False): Tile(128, 128, 8, 3, fp8=True, tma=True),
+    (256, False): Tile(64, 64, 8, 2, fp8=True, tma=True),
+    (64, True): Tile(128, 64, 8, 2, fp8=True, tma=True),
+    (128, True): Tile(128, 64, 8, 2, fp8=True, tma=True),
+    (256, True): Tile(64, 64, 8, 2, fp8=True, tma=True),
+}
+_BLACKWELL: Table = {
+    (64, False): Tile(128, 64, 8, 2, fp8=True),
+    (128, False): Tile(128, 64, 8, 2, fp8=True),
+    (256, False): Tile(64, 32, 8, 2, fp8=True),
+    # Triton 3.6 fails to compile e4m3 with a mask for sm_100.
+    (64, True): Tile(128, 64, 8, 2),
+    (128, True): Tile(128, 32, 8, 2),
+    (256, True): Tile(64, 32, 8, 2),
+}
+# From this compute capability on. Blackwell's consumer GPUs have Ada's matrix instructions.
+INT8: tuple[tuple[Capability, Table], ...] = (
+    ((12, 0), _ADA),
+    ((10, 0), _BLACKWELL),
+    ((9, 0), _HOPPER),
+    ((8, 9), _ADA),
+    ((8, 0), _AMPERE),
+)
+
+# attune_bf16. `tma` holds where the tensors' strides allow it.
+_EXACT_SYNC: Table = {
+    (64, False): Tile(128, 64, 8, 2),
+    (128, False): Tile(128, 32, 8, 2),
+    (256, False): Tile(32, 32, 8, 2),
+    (64, True): Tile(64, 64, 4, 2),
+    (128, True): Tile(32, 64, 4, 2),
+    (256, True): Tile(32, 16, 4, 2),
+}
+_EXACT_HOPPER: Table = {
+    (64, False): Tile(128, 128, 8, 2, tma=True),
+    (128, False): Tile(128, 64, 8, 3, tma=True),
+    (256, False): Tile(128, 32, 8, 2, tma=True),
+    (64, True): Tile(128, 64, 8, 2, tma=True),
+    (128, True): Tile(128, 64, 8, 2, tma=True),
+    (256, True): Tile(64, 32, 4, 2, tma=True),
+}
+_EXACT_BLACKWELL: Table = {
+    (64, False): Tile(128, 64, 8, 2, tma=True),
+    (128, False): Tile(128, 64, 8, 2, tma=True),
+    (256, False): Tile(128, 32, 8, 2, tma=True),
+    (64, True): Tile(128, 64, 8, 2, tma=True),
+    (128, True): Tile(128, 32, 8, 2, tma=True),
+    (256, True): Tile(128, 32, 8, 2, tma=True),
+}
+EXACT: tuple[tuple[Capability, Table], ...] = (
+    ((12, 0), _EXACT_SYNC),
+    ((10, 0), _EXACT_BLACKWELL),
+    ((9, 0), _EXACT_HOPPER),
+    ((8, 0), _EXACT_SYNC),
+)
+INTERPRETER = Tile(64, 64, 4, 2, fp8=True)  # on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """How the keys of a head are dealt out: `chunks` of `chunk` tokens, in buffers of `padded` tokens."""
+
+    padded: int
+    chunk: int
+    chunks: int
+
+
+def width_of(dim: int) -> int:
+    """What a head dimension is padded to."""
+    return next(width for width in WIDTHS if dim <= width)
+
+
+def at_once(width: int) -> int:
+    """How many tokens are rounded at a time."""
+    return 32 if width > 128 else 64
+
+
+@functools.lru_cache(maxsize=256)
+def chunk_plan(kv_len: int) -> ChunkPlan:
+    blocks = -(-kv_len // TOKENS)
+    per_chunk = -(-blocks // CHUNKS)
+    return ChunkPlan(blocks * TOKENS, per_chunk * TOKENS, -(-blocks // per_chunk))
+
+
+def tile_for(
+    tables: tuple[tuple[Capability, Table], ...], capability: Capability | None, dim: int, masked: bool
+) -> Tile:
+    """The tile of INT8 or EXACT for a GPU of this compute capability; None is a CPU, with Triton's interpreter."""
+    if capability is None:
+        return INTERPRETER
+    table = next(table for least, table in tables if capability >= least)
+    return table[width_of(dim), masked]
