@@ -1,0 +1,191 @@
+"""What stands on one pipeline while it is patched: the hooks on its models, the rules, and the run it is in."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.compiler import is_compiling
+
+from ..attention.clock import Clock
+from ..attention.healing import Snapshot, healed
+from ..attention.plan import AUTO, expand
+from ..attention.policy import Policy
+from ..attention.router import Router
+from ..attention.session import CURRENT, Forward, Session
+from ..doctor.store import home
+from ..host.run_files import FOLDER, save
+from ..host.runs import RunInfo
+from .calls import intercepted
+from .hooks import Hooks
+from .models import bare, models_of
+from .process import LINK, PACK, keep_timings, kernels, machine, recall_timings, verdicts
+from .steps import Steps, timestep_of
+
+log = logging.getLogger("attune")
+NAME = "_attune"  # where a pipeline keeps its Standing
+_numbers = itertools.count(1)
+_XFORMERS = "_use_memory_efficient_attention_xformers"
+_WITHOUT_FORWARD = ("decode", "encode")  # what pipelines call of a VAE
+
+
+class Standing:
+    """One per patched pipeline. `policies` are those of its handles, in the order in which they came."""
+
+    def __init__(self, pipe: Any, text_encoders: bool, wrap_foreign: bool) -> None:
+        self.pipe_class = type(pipe)
+        self.text_encoders = text_encoders
+        self.handles: list[Any] = []
+        self.active = True
+        self.hooks = Hooks(self._watched, self.say, wrap_foreign)
+        self.notes: dict[str, None] = {}
+        self._router = self._make_router()
+        self._session: Session | None = None
+        self._steps: Steps | None = None
+
+    def say(self, text: str) -> None:
+        """Once: in the log, and in every report."""
+        if text not in self.notes:
+            self.notes[text] = None
+            log.warning("Attune: %s.", text)
+
+    # The rules
+
+    def _make_router(self) -> Router:
+        rules = [rule for handle in self.handles for rule in handle.policy.rules]
+        return Router(Policy(tuple(rules)), kernels(), machine(), LINK)
+
+    def rules_changed(self) -> None:
+        """A handle has come or gone: runs that begin now follow the new rules."""
+        self._router = self._make_router()
+
+    def _watched(self, original: Callable[..., Any], whole: bool) -> Callable[..., Any]:
+        """A model's forward, watched and repeated where a kernel's output is no good.
+
+        whole: its SDPA calls are caught wherever they are made, as there are no modules known to make them.
+        """
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # In a forward of ours (a model in a model), or of another pipeline that shares this model: that one counts.
+            if is_compiling() or not self.active or CURRENT.get() is not None:
+                return original(*args, **kwargs)
+            return self._forward(original, args, kwargs, whole)
+
+        return forward
+
+    # Runs
+
+    def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
+        session = self._session or self._router.idle_session
+        router = self._router if self._session is None else self._run_router
+        sigma = timestep_of(args, kwargs)
+        if self._steps is not None and self._steps.first is None:
+            self._steps.first = sigma
+
+        def run() -> Any:
+            with intercepted() if whole else nullcontext():
+                return original(*args, **kwargs)
+
+        active = self._in_force(router, session, sigma)
+        if getattr(getattr(original, "__self__", None), "_parallel_config", None) is not None:
+            session.record.note(
+                "several processes share each forward: nothing is repeated where a kernel's output is bad"
+            )
+            with Forward(router, session, active, sigma=sigma):
+                return run()
+        return healed(router, session, active, True, run, Snapshot(args, kwargs), sigma)
+
+    def _in_force(self, router: Router, session: Session, sigma: torch.Tensor | None) -> frozenset[int]:
+        """The rules in force; reads one number from the device where some depend on the percent."""
+        policy = router.policy
+        if not policy.depends_on_percent or sigma is None or self._steps is None:
+            return policy.without_percent
+        try:
+            return policy.at_sigma(float(sigma), self._steps.percent_to_level)
+        except (TypeError, ValueError) as error:
+            session.record.note(f"nobody can tell how far sampling is ({error}): rules by percent do nothing")
+            return policy.without_percent
+
+    def call(self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the pipeline: a run, with its record."""
+        if not self.active or self._session is not None:
+            return call(pipe, *args, **kwargs)
+        self.hooks.stand(models_of(pipe, self.text_encoders))
+        self._run_router, self._steps = self._router, Steps(getattr(pipe, "scheduler", None))
+        session = Session(self._run_router)
+        record = session.record
+        record.clock = Clock() if self._run_router.policy.timed else None
+        run = RunInfo(next(_numbers), None, None, None, None, self._model_names(), record, {})
+        for note in self.notes:
+            record.note(note)
+        self._prove(str(getattr(pipe, "_execution_device", machine().main_device.name)), record)
+        self._session = session
+        try:
+            out = call(pipe, *args, **kwargs)
+            run.status = "finished"
+            return out
+        except KeyboardInterrupt:
+            run.status = "stopped"
+            raise
+        except BaseException:
+            run.status = "failed"
+            raise
+        finally:
+            self._session = None
+            self._close(run, session)
+
+    def _model_names(self) -> str:
+        kinds = dict.fromkeys(type(bare(model)).__name__ for model in self.hooks.models.values())
+        return f"{self.pipe_class.__name__} ({', '.join(kinds)})"
+
+    def _prove(self, device: str, record: Any) -> None:
+        """Wait for the verdicts on kernels that a rule names; `auto` does without those that are still to come."""
+        recall_timings()
+
+        def say(name: str) -> None:
+            text = f"waiting for the verdict on {name}: it is tried in a child process, once in this environment"
+            record.note(text)
+            log.warning("Attune: %s.", text)
+
+        for wish in dict.fromkeys(wish for rule in self._router.policy.rules for wish in rule.kernels):
+            if wish not in AUTO:
+                verdicts().wait(expand(wish, machine(), device), device, say)
+
+    def _close(self, run: RunInfo, session: Session) -> None:
+        try:
+            session.tuner.close()
+            keep_timings()
+            record = session.record
+            record.sigmas = self._steps.levels() if self._steps else []
+            run.steps = max(0, len(record.sigmas) - 1)
+            if not record.observed() and record.forwards and run.status == "finished":
+                record.note("no attention call of this pipeline reached the pack: it ran unchanged")
+            run.close()
+            save(run, machine(), home(PACK) / FOLDER)
+            for handle in self.handles:
+                handle.runs.append(run)
+        except Exception:  # the account of a run must never cost the run
+            log.exception("The record of a pipeline's run could not be completed")
+
+    def outside(self) -> RunInfo | None:
+        """What models did outside calls of the pipeline, as a run that has not ended; None where that is nothing."""
+        record = self._router.idle_session.record
+        if not record.calls():
+            return None
+        run = RunInfo(
+            0, None, None, None, None, self._model_names(), record, {}, status="outside calls of the pipeline"
+        )
+        run.seconds = time.time() - run.started
+        return run
+
+    def fall(self) -> None:
+        """Take every hook away; the pipeline is as it was."""
+        self.active = False
+        self.hooks.fall()
