@@ -23,6 +23,7 @@ from ..attention.session import CURRENT
 SDPA = F.scaled_dot_product_attention
 # The attention module that this thread is in: its block (as the router wants it), and the back end it had before.
 PLACE: ContextVar[Mapping[str, Any] | None] = ContextVar("attune_place", default=None)
+_PARTS, _LONG = 4, 2**24  # parts of a call with that many scores per head, see _without_scores
 _WATCHING: ContextVar[bool] = ContextVar("attune_watching", default=False)
 
 
@@ -173,19 +174,32 @@ def _without_scores(
     heads, mask = _by_heads(module, q, mask)
     dtype, wide, scale = q.dtype, _wide(module, q), getattr(module, "scale", None)
     q, k, v = (t.unflatten(0, (-1, heads)) for t in (q, k, v))
-
-    def plain() -> torch.Tensor:
-        parts = [t.float() for t in (q, k, v)] if wide else (q, k, v)
-        bias = mask.to(parts[0].dtype) if mask is not None and mask.is_floating_point() else mask
-        out = SDPA(*parts, attn_mask=bias, scale=scale).to(dtype)
-        # Its strides are whatever SDPA left: a copy where need be.
-        return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1) if joined else out
-
-    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
-        mask = mask.to(q.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, dtype):
+        mask = mask.to(dtype)
     arguments = {} if scale is None else {"scale": float(scale)}
-    out = _route(plain, q, k, v, mask, fp32_scores=wide, joined=joined, **arguments)
-    return out.to(dtype)
+
+    def attend(some: slice, joined: bool) -> torch.Tensor:
+        """The call for some of the heads."""
+        parts = [t[:, some] for t in (q, k, v)]
+        bias = mask[:, some] if mask is not None and mask.shape[1] > 1 else mask
+
+        def plain() -> torch.Tensor:
+            wider = [t.float() for t in parts] if wide else parts
+            added = bias.to(wider[0].dtype) if bias is not None and bias.is_floating_point() else bias
+            out = SDPA(*wider, attn_mask=added, scale=scale).to(dtype)
+            # Its strides are whatever SDPA left: a copy where need be.
+            return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1) if joined else out
+
+        return _route(plain, *parts, bias, fp32_scores=wide, joined=joined, **arguments).to(dtype)
+
+    everything = slice(0, heads)
+    if not joined or heads < _PARTS or q.shape[2] * k.shape[2] < _LONG:
+        return attend(everything, joined)
+    # Joining the heads may copy the result: of a long call a part at a time, so that it is never there twice.
+    out = torch.empty(q.shape[0], q.shape[2], heads, v.shape[3], dtype=dtype, device=q.device)
+    for some in (slice(start, start + heads // _PARTS) for start in range(0, heads, heads // _PARTS)):
+        out[:, :, some] = attend(some, False).transpose(1, 2)
+    return out.flatten(2)
 
 
 def own_attention(module: Any, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

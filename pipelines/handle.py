@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,6 +21,11 @@ SOURCE = "attune.apply"
 _KEPT = 50
 _NO_RUN = "There is no run to report: call the pipeline first."
 _OFF = "ATTUNE=off: the pack does nothing, and the pipeline is unchanged."
+
+
+def run_data(runs: Iterable[RunInfo]) -> list[dict[str, Any]]:
+    """Runs as plain data, for JSON and for reports."""
+    return [{**run.as_data(machine()), "host": "diffusers"} for run in runs]
 
 
 class Handle:
@@ -51,7 +56,7 @@ class Handle:
         runs = list(self.runs)
         if self._standing and (outside := self._standing.outside()):
             runs.append(outside)
-        return [{**run.as_data(machine()), "host": "diffusers"} for run in runs]
+        return run_data(runs)
 
     def report(self) -> str:
         """What ran, and why not what was asked for: a text of some lines for each call of the pipeline."""
@@ -116,6 +121,7 @@ def apply(
     *,
     text_encoders: bool = False,
     foreign: Literal["wrap", "leave"] = "wrap",
+    quiet: bool = False,
 ) -> Handle:
     """Send every attention call of the pipeline's models to `kernel`: a name, a Rule, or a Policy of several rules.
 
@@ -124,7 +130,8 @@ def apply(
     the handle's report says so. Rules of a later `apply` come before those of an earlier one, until its handle is
     removed.
     foreign: what to do with attention processors that are not diffusers' own plain ones (xformers, IP-Adapter, yours):
-    "wrap" routes the calls they make, "leave" leaves them alone; either is said.
+    "wrap" routes the calls they make, "leave" leaves them alone; either is said. quiet: a pipeline without attention is
+    not worth a warning.
 
     Raises TypeError for what is no pipeline, UnknownKernelError (a ValueError) with the names for an unknown kernel.
     """
@@ -141,7 +148,7 @@ def apply(
         if not any(places(model) for model in models_of(pipe).values()) and not text_encoders:
             text = f"no model of this {type(pipe).__name__} has an attention module that is known: it is unchanged."
             handle._remarks.append(text)
-            log.warning("Attune: %s", text)
+            log.log(logging.DEBUG if quiet else logging.WARNING, "Attune: %s", text)
             return handle
         standing = Standing(pipe, text_encoders, foreign == "wrap")
         vars(pipe)[NAME] = standing

@@ -108,7 +108,8 @@ def test_pipelines_need_no_comfyui_and_nobody_else_needs_diffusers():
 def test_only_absolute_imports_of_others_and_never_the_root_on_the_path():
     for folder in FOLDERS:
         for path in modules(folder):
-            assert "sys.path" not in path.read_text("utf-8"), path
+            if path.name != "run_script.py":  # it puts the folder of somebody's script there, as Python does
+                assert "sys.path" not in path.read_text("utf-8"), path
 
 
 def run_python(code: str) -> str:

@@ -1,0 +1,131 @@
+"""attune run: a script as it is, with its pipelines patched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from support.loading import ROOT
+
+if importlib.util.find_spec("diffusers") is None:
+    pytest.skip("diffusers is not installed", allow_module_level=True)
+
+HEAD = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from support import pipelines
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(text of a script, *arguments): the finished process of `attune run` on it."""
+
+    def run(text, *arguments, env=None, kernel="split"):
+        script = tmp_path / "a skript ä.py"
+        script.write_text(HEAD + textwrap.dedent(text), "utf-8")
+        command = [sys.executable, "-W", "ignore", str(ROOT), "run", str(script), *arguments]
+        if kernel:
+            command[5:5] = ["--kernel", kernel]
+        around = {**os.environ, "ATTUNE_HOME": str(tmp_path / "home"), "PYTHONUTF8": "1", **(env or {})}
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=around, check=False)
+
+    return run
+
+
+def test_every_pipeline_of_a_script_is_patched_and_reported(run):
+    done = run(
+        """
+        import gc
+        for make in (pipelines.sd15, pipelines.flux):
+            pipe, call = make()
+            print(type(pipe).__name__, tuple(pipelines.result(pipe, call).shape), __name__)
+            del pipe
+            gc.collect()
+        print(sys.argv[1:], os.path.basename(sys.argv[0]), os.path.basename(__file__))
+        """,
+        "--steps",
+        "2",
+        "two words",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "StableDiffusionPipeline (1, 3, 32, 32) __main__",
+        "FluxPipeline (1, 3, 16, 16) __main__",
+        "['--steps', '2', 'two words'] a skript ä.py a skript ä.py",
+    ]
+    assert "Ran: split ×17" in done.stderr and "Ran: split ×7" in done.stderr
+
+
+def test_the_kernel_may_stand_behind_the_script(run):
+    text = "pipe, call = pipelines.wan(); pipelines.result(pipe, call); print(sys.argv[1:])"
+    done = run(text, "--kernel", "sdpa_math", "x", kernel="")
+    assert "['x']" in done.stdout and "Ran: sdpa_math ×26" in done.stderr
+    done = run("print(sys.argv[1:])", "--kernel", "mine", kernel="sdpa")
+    assert done.stdout == "['--kernel', 'mine']\n"
+    assert "made no diffusers pipeline" in done.stderr
+
+
+def test_exit_status_and_errors_are_the_scripts(run):
+    assert run("sys.exit(7)").returncode == 7
+    done = run("raise LookupError('mine')")
+    assert done.returncode == 1 and "LookupError: mine" in done.stderr
+    done = run("pipe, call = pipelines.sd15(); pipe(**{**call, 'height': 33})")
+    assert done.returncode == 1 and "failed" in done.stderr
+
+
+def test_what_is_wrong_with_the_command(run, tmp_path):
+    done = run("print('ran')", kernel="sage9")
+    assert done.returncode == 2 and "sdpa_efficient" in done.stderr and not done.stdout
+    command = [sys.executable, str(ROOT), "run", str(tmp_path / "none.py")]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 2 and "there is no script" in done.stderr
+
+
+def test_switched_off_the_script_runs_as_it_is(run):
+    done = run("pipe, call = pipelines.sd15(); pipelines.result(pipe, call); print('done')", env={"ATTUNE": "off"})
+    assert done.returncode == 0 and done.stdout == "done\n" and "Ran:" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a single process")
+def test_an_interrupt_reaches_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('stopped', flush=True)\n    raise SystemExit(3)\n"
+    )
+    env = {**os.environ, "ATTUNE_HOME": str(tmp_path / "home")}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT), "run", str(script)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[0] == "stopped\n"
+    assert process.returncode == 3
+
+
+def test_a_flash_attn_of_another_schema_does_not_take_the_script_down(run, tmp_path):
+    """R3: importing it raises, and diffusers with it; in quarantine it is as if it were not installed."""
+    folder = tmp_path / "site" / "flash_attn"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(
+        "raise RuntimeError(\"Current Torch with Flash-Attention 2.5.7 doesn't have a compatible "
+        'aten::_flash_attention_forward schema")\n'
+    )
+    info = tmp_path / "site" / "flash_attn-2.5.7.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.5.7\n")
+    (info / "RECORD").write_text("")
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    done = run("pipe, call = pipelines.wan(); print(pipelines.result(pipe, call).shape)", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "flash_attn 2.5.7 is in quarantine" in done.stderr or "in quarantine" in done.stderr
+    assert "Ran: split ×26" in done.stderr
