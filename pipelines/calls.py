@@ -25,6 +25,7 @@ SDPA = F.scaled_dot_product_attention
 PLACE: ContextVar[Mapping[str, Any] | None] = ContextVar("attune_place", default=None)
 _PARTS, _LONG = 4, 2**24  # parts of a call with that many scores per head, see _without_scores
 _WATCHING: ContextVar[bool] = ContextVar("attune_watching", default=False)
+_ROUTED: ContextVar[bool] = ContextVar("attune_routed", default=False)  # in a call of ours: kernels call SDPA, too
 
 
 def _route(
@@ -56,20 +57,23 @@ def _route(
         narrow = torch.get_autocast_dtype(device)
         q, k, v = (t.to(narrow) if t.is_floating_point() else t for t in (q, k, v))
         mask = mask.to(narrow) if mask is not None and mask.is_floating_point() else mask
-    options = PLACE.get()
-    return forward.router(
-        lambda *_given, **_more: original(),
-        q,
-        k,
-        v,
-        q.shape[1],
-        mask,
-        precision,
-        True,
-        not joined,
-        transformer_options=options,
-        **arguments,
-    )
+    options, token = PLACE.get(), _ROUTED.set(True)
+    try:
+        return forward.router(
+            lambda *_given, **_more: original(),
+            q,
+            k,
+            v,
+            q.shape[1],
+            mask,
+            precision,
+            True,
+            not joined,
+            transformer_options=options,
+            **arguments,
+        )
+    finally:
+        _ROUTED.reset(token)
 
 
 def sdpa(
@@ -117,13 +121,13 @@ def sdpa(
     return _route(original, query, key, value, mask, **arguments)
 
 
-class _Intercept(TorchFunctionMode):
+class Intercept(TorchFunctionMode):
     """Sends the SDPA calls of this thread, and of nobody else, through `sdpa`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is SDPA:
+        if func is SDPA and (is_compiling() or not _ROUTED.get()):
             return sdpa(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -136,7 +140,7 @@ def intercepted() -> Iterator[None]:
         return
     token = _WATCHING.set(True)
     try:
-        with _Intercept():
+        with Intercept():
             yield
     finally:
         _WATCHING.reset(token)

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from ..attention.session import CURRENT
 from . import dispatch
-from .calls import PLACE, intercepted, own_attention, pending_scores
+from .calls import PLACE, Intercept, intercepted, own_attention, pending_scores
 from .changes import Changes
 from .models import Place, attends_itself, bare, foreign, holders, is_compiled, is_encoder, places
 from .process import machine, verdicts
@@ -125,9 +125,7 @@ class Hooks:
             # A processor of diffusers that names its back end makes no call of SDPA that the back end does not make.
             sends = any(holder._attention_backend == dispatch.NAME for holder in holders(module))
             if is_compiling():
-                if sends:
-                    return original(*args, **kwargs)
-                with intercepted():
+                with nullcontext() if sends else Intercept():  # which no graph keeps any state of
                     return original(*args, **kwargs)
             now = CURRENT.get()
             if now is None or now.router is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,17 +16,22 @@ from torch.compiler import is_compiling
 
 from ..attention.clock import Clock
 from ..attention.healing import Snapshot, healed
+from ..attention.kernel import machine_reasons
 from ..attention.plan import AUTO, expand
 from ..attention.policy import Policy
+from ..attention.prepare import prepare
+from ..attention.record import Record
 from ..attention.router import Router
 from ..attention.session import CURRENT, Forward, Session
+from ..attention.timings import Timings
 from ..doctor.store import home
+from ..host.remembered import recall, remember
 from ..host.run_files import FOLDER, save
 from ..host.runs import RunInfo
 from .calls import intercepted
 from .hooks import Hooks
 from .models import bare, models_of
-from .process import LINK, PACK, keep_timings, kernels, machine, recall_timings, verdicts
+from .process import LINK, PACK, keep_timings, kernels, machine, recall_timings, refused, verdicts
 from .steps import Steps, timestep_of
 
 log = logging.getLogger("attune")
@@ -33,6 +39,15 @@ NAME = "_attune"  # where a pipeline keeps its Standing
 _numbers = itertools.count(1)
 _XFORMERS = "_use_memory_efficient_attention_xformers"
 _WITHOUT_FORWARD = ("decode", "encode")  # what pipelines call of a VAE
+
+
+def _fingerprint(kind: type, models: Iterable[torch.nn.Module]) -> str:
+    """Tells pipelines apart by what they compute: classes, configurations and sizes, not the weights' values."""
+    about = []
+    for model in map(bare, models):
+        config = sorted((str(key), str(value)) for key, value in (getattr(model, "config", None) or {}).items())
+        about.append((type(model).__name__, config, sum(weights.numel() for weights in model.parameters())))
+    return hashlib.sha256(repr((kind.__name__, about)).encode()).hexdigest()[:24]
 
 
 class Standing:
@@ -126,6 +141,7 @@ class Standing:
         for note in self.notes:
             record.note(note)
         self._prove(str(getattr(pipe, "_execution_device", machine().main_device.name)), record)
+        model = self._recall(session)
         self._session = session
         try:
             out = call(pipe, *args, **kwargs)
@@ -139,27 +155,59 @@ class Standing:
             raise
         finally:
             self._session = None
-            self._close(run, session)
+            self._close(run, session, model)
 
     def _model_names(self) -> str:
         kinds = dict.fromkeys(type(bare(model)).__name__ for model in self.hooks.models.values())
         return f"{self.pipe_class.__name__} ({', '.join(kinds)})"
 
-    def _prove(self, device: str, record: Any) -> None:
+    def _prove(self, device: str, record: Record) -> None:
         """Wait for the verdicts on kernels that a rule names; `auto` does without those that are still to come."""
-        recall_timings()
+        measured = recall_timings()
 
         def say(name: str) -> None:
             text = f"waiting for the verdict on {name}: it is tried in a child process, once in this environment"
             record.note(text)
             log.warning("Attune: %s.", text)
 
+        automatic: dict[str, None] = {}
         for wish in dict.fromkeys(wish for rule in self._router.policy.rules for wish in rule.kernels):
+            names = expand(wish, machine(), device)
             if wish not in AUTO:
-                verdicts().wait(expand(wish, machine(), device), device, say)
+                verdicts().wait(names, device, say)
+            else:
+                automatic |= dict.fromkeys(names)
+        if measured is not None and automatic:
+            self._make_ready(measured, automatic, record)
 
-    def _close(self, run: RunInfo, session: Session) -> None:
+    def _make_ready(self, measured: Timings, names: Iterable[str], record: Record) -> None:
+        """Compile, where need be, what `auto` may measure in this run: that is no part of the sampling."""
+
+        def may_run(name: str, on: str) -> bool:
+            return not machine_reasons(kernels()[name], machine(), machine().device(on)) and name not in refused(on)
+
+        def say(text: str) -> None:
+            record.note(text)
+            log.info("Attune: %s.", text)
+
+        chosen = {name: kernels()[name] for name in names if name in kernels()}
+        prepare(measured, chosen, may_run, say, lambda: None)
+
+    def _recall(self, session: Session) -> str:
+        """Tell the session what failed in earlier runs of such a pipeline; returns the pipeline's fingerprint."""
         try:
+            model = _fingerprint(self.pipe_class, self.hooks.models.values())
+            for finding in recall(home(PACK), model, kernels(), machine()):
+                session.blame(finding, remembered=True)
+            return model
+        except Exception:  # what is remembered must never cost a run
+            log.exception("What failed in earlier runs of this pipeline could not be looked up")
+            return ""
+
+    def _close(self, run: RunInfo, session: Session, model: str) -> None:
+        try:
+            if model and session.findings:
+                remember(home(PACK), model, session.findings, kernels(), machine())
             session.tuner.close()
             keep_timings()
             record = session.record

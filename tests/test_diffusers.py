@@ -24,8 +24,8 @@ from support.loading import ROOT
 if importlib.util.find_spec("diffusers") is None:
     pytest.skip("diffusers is not installed", allow_module_level=True)
 
-from support import pipelines
-from support.controlvideo import FullyFrameAttention, IndividualAttention, controlvideo_like
+import tiny_pipelines as pipelines
+from controlvideo_modules import FullyFrameAttention, IndividualAttention, controlvideo_like
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and torch deprecate things of their own
 SDPA = F.scaled_dot_product_attention
@@ -56,6 +56,12 @@ def state(tmp_path_factory):
     os.environ.pop("ATTUNE_HOME")
     if before is not None:
         os.environ["ATTUNE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(state, monkeypatch, tmp_path):
+    """What failed in one test counts for nothing in the next."""
+    monkeypatch.setenv("ATTUNE_HOME", str(tmp_path))
 
 
 @contextmanager
@@ -368,6 +374,78 @@ def test_pipelines_are_collected_when_nobody_needs_them():
     assert gone() is None
 
 
+def test_what_failed_in_a_pipeline_is_remembered(monkeypatch):
+    from comfyui_attune.pipelines import standing
+
+    known = standing.kernels()
+    broken, calls = broken_kernel(lambda out, number: out * math.nan)
+    monkeypatch.setattr(standing, "kernels", lambda: {**known, "sage1": broken})
+    for again in (False, True):
+        pipe, call = pipelines.sd15()
+        with attune.applied(pipe, "sage1") as handle:
+            pipelines.result(pipe, call)
+            data = handle.data()[0]
+        assert bool(data["repeated"]) is not again
+    assert "in an earlier run with this model" in handle.report()
+    made = len(calls)
+    pipe, call = pipelines.sdxl()
+    with attune.applied(pipe, "sage1"):
+        pipelines.result(pipe, call)
+    assert len(calls) > made  # another model
+
+
+# Compiled
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "model.compile", "blocks"])
+@pytest.mark.parametrize("make", [pipelines.sd15, pipelines.flux])
+def test_compiled_before_or_after(make, way, monkeypatch):
+    """With a full graph: nothing of ours breaks one. Eager as the compiler's back end: no C++ compiler is needed."""
+    torch.compiler.reset()
+    pipe, call = make()
+    plain = pipelines.result(pipe, call)
+    name = "transformer" if make is pipelines.flux else "unet"
+
+    def compile_it():
+        options = {"backend": "eager", "fullgraph": True}
+        model = getattr(pipe, name)
+        if way == "torch.compile":
+            setattr(pipe, name, torch.compile(model, **options))
+        for module in [model] if way == "model.compile" else model.modules() if way == "blocks" else ():
+            if way == "model.compile" or type(module).__name__.endswith("TransformerBlock"):
+                module.compile(**options)
+
+    first = make is pipelines.flux
+    if first:
+        compile_it()
+        pipelines.result(pipe, call)
+    handle = attune.apply(pipe, "split")
+    if not first:
+        compile_it()
+    assert torch.allclose(pipelines.result(pipe, call), plain, atol=1e-4)
+    assert set(handle.data()[0]["observed"]) == {"split"}
+    handle.remove()
+    assert torch.allclose(pipelines.result(pipe, call), plain, atol=1e-6)
+    assert len(handle.data()) == 1
+    torch.compiler.reset()
+
+
+def test_nan_in_a_compiled_model_is_healed(monkeypatch):
+    from comfyui_attune.pipelines import standing
+
+    torch.compiler.reset()
+    known = standing.kernels()
+    pipe, call = pipelines.flux()
+    plain = pipelines.result(pipe, call)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    broken, _ = broken_kernel(lambda out, number: out * math.nan if number > 4 else out)
+    monkeypatch.setattr(standing, "kernels", lambda: {**known, "sage1": broken})
+    with attune.applied(pipe, "sage1") as handle:
+        assert torch.allclose(pipelines.result(pipe, call), plain, atol=1e-4)
+        assert handle.data()[0]["repeated"]
+    torch.compiler.reset()
+
+
 # Processors and modules of other kinds
 
 
@@ -389,6 +467,22 @@ def test_slices_of_a_batch_are_routed():
     with attune.applied(pipe, "split") as handle, forbidden("baddbmm"):
         assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-4)
         assert handle.data()[0]["observed"]["split"] > 17  # each slice is a call
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "host"])
+def test_what_a_kernel_calls_is_not_routed_again(kernel):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipe, call = pipelines.sd15()
+    pipe.unet.set_attn_processor(AttnProcessor())
+    with attune.applied(pipe, kernel) as handle:
+        pipelines.result(pipe, call)
+        assert handle.data()[0]["observed"] == {kernel: 17}
+    pipe, call = pipelines.sd15()
+    controlvideo_like(pipe.unet)
+    with attune.applied(pipe, kernel) as handle:
+        pipelines.result(pipe, call)
+        assert handle.data()[0]["observed"] == {kernel: 17}
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 import torch
+from controlvideo_modules import FullyFrameAttention
 
 import comfyui_attune as attune
-from support.controlvideo import FullyFrameAttention
 from support.loading import ROOT
 
 if importlib.util.find_spec("diffusers") is None:

@@ -19,8 +19,8 @@ if importlib.util.find_spec("diffusers") is None:
 
 HEAD = f"""
 import os, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from support import pipelines
+sys.path.insert(0, {str(ROOT / "examples")!r})
+import tiny_pipelines as pipelines
 """
 
 
@@ -129,3 +129,31 @@ def test_a_flash_attn_of_another_schema_does_not_take_the_script_down(run, tmp_p
     assert done.returncode == 0, done.stderr
     assert "flash_attn 2.5.7 is in quarantine" in done.stderr or "in quarantine" in done.stderr
     assert "Ran: split ×26" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "example, said",
+    [
+        ("stable_diffusion_controlnet.py", ["Ran: split ×25", "The same picture but for rounding"]),
+        ("wan22.py", ["not installed", "Ran: sdpa", "5 frames of 16 × 16"]),
+        ("controlvideo_like.py", ["Before: RuntimeError: CUDA error: invalid argument", "Ran: sdpa ×17", "xformers"]),
+    ],
+)
+def test_the_examples_run(example, said, tmp_path):
+    bootstrap = (
+        "import importlib.util, runpy, sys\n"
+        f"root = {str(ROOT)!r}\n"
+        "spec = importlib.util.spec_from_file_location('comfyui_attune', root + '/__init__.py', "
+        "submodule_search_locations=[root])\n"
+        "sys.modules['comfyui_attune'] = package = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(package)\n"
+        "sys.path.insert(0, root + '/examples')\n"
+        f"runpy.run_path(root + '/examples/{example}', run_name='__main__')\n"
+    )
+    env = {**os.environ, "ATTUNE_HOME": str(tmp_path), "PYTHONUTF8": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", bootstrap]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    for words in said:
+        assert words in done.stdout
+    print(done.stdout)

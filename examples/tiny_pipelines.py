@@ -1,6 +1,7 @@
 """Tiny diffusers pipelines with random weights: nothing is downloaded, and a call takes a fraction of a second.
 
 Prompts are given as embeddings, so that no tokenizer is needed. Each function returns (pipeline, arguments of a call).
+The examples stand on them, and the tests.
 """
 
 from __future__ import annotations
