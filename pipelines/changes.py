@@ -19,7 +19,7 @@ class _Change:
 
 
 class Changes:
-    """What was changed, in order. Only an object's own dictionary is written to, never its class."""
+    """What was changed, in order. An object's own dictionary is written to, or which class it is of; never a class."""
 
     def __init__(self) -> None:
         self._made: list[_Change] = []
@@ -27,6 +27,10 @@ class Changes:
 
     def set(self, thing: Any, name: str, value: Any) -> None:
         """Set `thing.name`. The value before is kept."""
+        if name == "__class__":
+            self._made.append(_Change(thing, name, type(thing), value))
+            thing.__class__ = value
+            return
         own = vars(thing)
         self._made.append(_Change(thing, name, own.get(name, _MISSING), value))
         own[name] = value
@@ -45,6 +49,10 @@ class Changes:
         """Put everything back; the names of what somebody else has changed since, and was left as it is."""
         left = []
         for change in reversed(self._made):
+            if change.name == "__class__":
+                if type(change.thing) is change.ours:
+                    change.thing.__class__ = change.before
+                continue
             own, later = vars(change.thing), _later(change)
             if own.get(change.name, _MISSING) is change.ours:
                 if change.before is _MISSING:

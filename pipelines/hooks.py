@@ -18,6 +18,7 @@ from .calls import PLACE, Intercept, intercepted, own_attention, pending_scores
 from .changes import Changes
 from .models import Place, attends_itself, bare, foreign, holders, is_compiled, is_encoder, places
 from .process import machine, verdicts
+from .processors import is_quick, quick_class
 
 log = logging.getLogger("attune")
 _XFORMERS = "_use_memory_efficient_attention_xformers"
@@ -91,6 +92,9 @@ class Hooks:
             if holder._attention_backend is not member:
                 before = holder._attention_backend
                 self._changes.set(holder, "_attention_backend", member)
+        processor = getattr(module, "processor", None)
+        if not is_quick(processor) and (quick := quick_class(type(processor))) is not None:
+            self._changes.set(processor, "__class__", quick)
         if callable(getattr(module, "get_attention_scores", None)):
             self._changes.set(module, "get_attention_scores", pending_scores(module, module.get_attention_scores))
         if attends_itself(module):
@@ -122,8 +126,9 @@ class Hooks:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self._active:
                 return original(*args, **kwargs)
-            # A processor of diffusers that names its back end makes no call of SDPA that the back end does not make.
+            # Processors that send their calls to us by themselves; those of others are caught.
             sends = any(holder._attention_backend == dispatch.NAME for holder in holders(module))
+            sends = sends or is_quick(getattr(module, "processor", None))
             if is_compiling():
                 with nullcontext() if sends else Intercept():  # which no graph keeps any state of
                     return original(*args, **kwargs)
