@@ -133,10 +133,7 @@ def _forward_op(
 ) -> torch.Tensor:
     """One process's share of a call, for diffusers' templates of context parallelism."""
     if return_lse:
-        raise ValueError(
-            "ring attention needs the log-sum-exp of each share, which no kernel of attune gives yet. Use Ulysses "
-            "(ContextParallelConfig(ulysses_degree=…)), or handle.remove() and a back end of diffusers."
-        )
+        raise ValueError("attune gives no log-sum-exp")
     return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -159,6 +156,23 @@ def _parallel(
     """`_attend`, spread over processes where diffusers asks for it."""
     if _parallel_config is None:
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if return_lse or getattr(_parallel_config.context_parallel_config, "ring_degree", 1) > 1:
+        # A ring joins the shares by their log-sum-exp, which no kernel here gives: the pipeline's own back end does it.
+        forward = CURRENT.get()
+        if forward is not None and forward.router is not None:
+            forward.session.record.note("ring attention is left to diffusers' own back end; Ulysses is not")
+        arguments = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": attn_mask,
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+            "return_lse": return_lse,
+        }
+        return _earlier(arguments, _parallel_config)
     out: torch.Tensor = _registry()._templated_context_parallel_attention(
         query,
         key,

@@ -757,3 +757,33 @@ def test_the_names_are_there_and_cost_nothing_until_used():
     assert not {"comfy", "diffusers", "xformers", "flash_attn"} & set(after)
     with pytest.raises(AttributeError, match="no attribute 'aply'"):
         attune.aply  # noqa: B018
+
+
+# Text encoders
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_text_encoders_on_request():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=99,
+        max_position_embeddings=9,
+    )  # fmt: skip
+    pipe, _ = pipelines.sd15()
+    pipe.text_encoder = CLIPTextModel(config).eval()
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        before = pipe.text_encoder(tokens).last_hidden_state
+        with attune.applied(pipe, "split") as handle:
+            assert torch.equal(pipe.text_encoder(tokens).last_hidden_state, before)
+            assert "text_encoder" not in handle.models and not handle.data()
+        with attune.applied(pipe, "split", text_encoders=True) as handle:
+            assert torch.allclose(pipe.text_encoder(tokens).last_hidden_state, before, atol=1e-5)
+            assert "text_encoder" in handle.models
+            observed, text = handle.data()[0]["observed"], handle.report()
+        assert torch.equal(pipe.text_encoder(tokens).last_hidden_state, before)
+    # Causal attention is nothing that the pack describes: the encoder's own stays, and the report says why.
+    assert observed in ({"split": 2}, {"host": 2})
+    assert observed == {"split": 2} or "is_causal" in text
