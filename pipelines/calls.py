@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention.compiled import plain_attention, traced_attention
 from ..attention.session import CURRENT
+from ..kernels.split import run as sliced
 
 SDPA = F.scaled_dot_product_attention
 # The attention module that this thread is in: its block (as the router wants it), and the back end it had before.
@@ -176,25 +177,37 @@ def _without_scores(
 ) -> torch.Tensor:
     """Attention of (B·H, N, D) tensors by the router; what it falls back to is SDPA: never a (B·H, N, M) tensor."""
     heads, mask = _by_heads(module, q, mask)
-    dtype, wide, scale = q.dtype, _wide(module, q), getattr(module, "scale", None)
+    dtype, wide, given = q.dtype, _wide(module, q), getattr(module, "scale", None)
+    scale = None if given is None else float(given)
     q, k, v = (t.unflatten(0, (-1, heads)) for t in (q, k, v))
     if mask is not None and mask.dtype not in (torch.bool, dtype):
         mask = mask.to(dtype)
-    arguments = {} if scale is None else {"scale": float(scale)}
+    session = getattr(CURRENT.get(), "session", None)  # while the router leaves a call to us it is not there
 
     def attend(some: slice, joined: bool) -> torch.Tensor:
         """The call for some of the heads."""
-        parts = [t[:, some] for t in (q, k, v)]
+        queries, keys, values = q[:, some], k[:, some], v[:, some]
         bias = mask[:, some] if mask is not None and mask.shape[1] > 1 else mask
 
         def plain() -> torch.Tensor:
-            wider = [t.float() for t in parts] if wide else parts
-            added = bias.to(wider[0].dtype) if bias is not None and bias.is_floating_point() else bias
-            out = SDPA(*wider, attn_mask=added, scale=scale).to(dtype)
-            # Its strides are whatever SDPA left: a copy where need be.
+            a, b, c, added = queries, keys, values, bias
+            if wide:
+                a, b, c = a.float(), b.float(), c.float()
+                added = bias.float() if bias is not None and bias.is_floating_point() else bias
+                if session is not None:
+                    more = 4 * (a.numel() + b.numel() + c.numel()) / 2**20
+                    said = f"upcast_attention: SDPA got float32 copies of its inputs, up to {more:,.1f} MiB"
+                    session.record.note(said)
+            if a.is_cuda and a.shape[3] % 8:  # SDPA has no fused kernel for that, and would write the scores out
+                out = sliced(a, b, c, mask=added, scale=scale)
+            else:
+                out = SDPA(a, b, c, attn_mask=added, scale=scale)
+            out = out.to(dtype)
+            # Its strides are whatever the kernel left: a copy where need be.
             return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1) if joined else out
 
-        return _route(plain, *parts, bias, fp32_scores=wide, joined=joined, **arguments).to(dtype)
+        named = {} if scale is None else {"scale": scale}
+        return _route(plain, queries, keys, values, bias, fp32_scores=wide, joined=joined, **named).to(dtype)
 
     everything = slice(0, heads)
     if not joined or heads < _PARTS or q.shape[2] * k.shape[2] < _LONG:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ _OFF = "ATTUNE=off: the pack does nothing, and the pipeline is unchanged."
 
 def run_data(runs: Iterable[RunInfo]) -> list[dict[str, Any]]:
     """Runs as plain data, for JSON and for reports."""
-    return [{**run.as_data(machine()), "host": "diffusers"} for run in runs]
+    return [run.as_data(machine()) for run in runs]
 
 
 class Handle:
@@ -83,13 +84,15 @@ class Handle:
 def _class_with_runs(kind: type) -> type:
     """A subclass that looks like `kind` and tells its object's Standing of every call. Only one object gets it."""
 
+    original: Any = vars(kind).get("__call__") or kind.__call__
+
+    @functools.wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         standing: Standing | None = vars(self).get(NAME)
         if standing is None:
-            return kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
-        return standing.call(self, kind.__call__, args, kwargs)  # type: ignore[operator]
+            return original(self, *args, **kwargs)
+        return standing.call(self, original, args, kwargs)
 
-    __call__.__wrapped__ = kind.__call__  # type: ignore[attr-defined,operator]  # for inspect.signature
     about = {"__call__": __call__, "__module__": kind.__module__, "__qualname__": kind.__qualname__, NAME: True}
     return type(kind.__name__, (kind,), {**about, "__doc__": kind.__doc__})
 

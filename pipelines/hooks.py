@@ -18,7 +18,7 @@ from .calls import PLACE, Intercept, intercepted, own_attention, pending_scores
 from .changes import Changes
 from .models import Place, attends_itself, bare, foreign, holders, is_compiled, is_encoder, places
 from .process import machine, verdicts
-from .processors import is_quick, quick_class
+from .processors import is_quick, quick_class, without_xformers
 
 log = logging.getLogger("attune")
 _XFORMERS = "_use_memory_efficient_attention_xformers"
@@ -81,9 +81,11 @@ class Hooks:
             self._say(f"{name} has processors that diffusers does not set by itself, {theirs}: they are left alone")
             return
         if "xformers" in theirs:
-            from diffusers.models.attention_processor import AttnProcessor2_0
-
-            self._changes.set(module, "processor", AttnProcessor2_0())
+            plain = without_xformers(module)
+            if plain is None:
+                self._say(f"{name} has {theirs}, for which there is no plain processor: it is left alone")
+                return
+            self._changes.set(module, "processor", plain)
             self._say(f"{name} was set to xformers ({theirs}): this pack's kernels compute its attention meanwhile")
         elif theirs:
             self._say(f"{name} has processors of another kind, {theirs}: their calls of SDPA are routed, they stay")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from .calls import sdpa
@@ -42,3 +43,16 @@ def quick_class(kind: type) -> type | None:
     copy.__qualname__, copy.__module__ = call.__qualname__, call.__module__
     about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**about, "__call__": copy, QUICK: True})
+
+
+def without_xformers(module: Any) -> Any:
+    """A new processor that does what the module's own does by xformers, by SDPA; None where there is none for sure."""
+    from diffusers.models import attention_processor
+
+    own = module.processor
+    name = type(own).__name__.replace("XFormers", "") + "2_0"
+    # One with weights cannot be made anew, and those of SDPA know no other scale than the usual.
+    if isinstance(own, torch.nn.Module) or not getattr(module, "scale_qk", True):
+        return None
+    kind = getattr(attention_processor, name, None)
+    return None if kind is None else kind()

@@ -36,6 +36,8 @@ from .steps import Steps, timestep_of
 
 log = logging.getLogger("attune")
 NAME = "_attune"  # where a pipeline keeps its Standing
+HOST = "diffusers"  # what made a run, in its record
+_OUTSIDE = "outside calls of the pipeline"
 _numbers = itertools.count(1)
 _XFORMERS = "_use_memory_efficient_attention_xformers"
 _WITHOUT_FORWARD = ("decode", "encode")  # what pipelines call of a VAE
@@ -137,7 +139,7 @@ class Standing:
         session = Session(self._run_router)
         record = session.record
         record.clock = Clock() if self._run_router.policy.timed else None
-        run = RunInfo(next(_numbers), None, None, None, None, self._model_names(), record, {})
+        run = RunInfo(next(_numbers), None, None, None, None, self._model_names(), record, {}, host=HOST)
         for note in self.notes:
             record.note(note)
         self._prove(str(getattr(pipe, "_execution_device", machine().main_device.name)), record)

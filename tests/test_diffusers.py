@@ -572,6 +572,21 @@ def test_a_pipeline_set_to_xformers_runs_without_it():
     assert all(one is theirs for one in pipe.unet.attn_processors.values())
 
 
+def test_xformers_with_weights_of_its_own_is_left_alone():
+    from diffusers.models.attention_processor import XFormersAttnAddedKVProcessor, XFormersAttnProcessor
+
+    from comfyui_attune.pipelines.processors import without_xformers
+
+    class Module:
+        processor = XFormersAttnAddedKVProcessor()
+
+    assert type(without_xformers(Module)).__name__ == "AttnAddedKVProcessor2_0"
+    Module.processor = type("XFormersOfMine", (torch.nn.Module,), {})()
+    assert without_xformers(Module) is None
+    Module.processor, Module.scale_qk = XFormersAttnProcessor(), False
+    assert without_xformers(Module) is None
+
+
 def test_a_back_end_of_diffusers_stays_what_the_pipeline_falls_back_to():
     pipe, call = pipelines.wan()
     pipe.transformer.set_attention_backend("_native_math")
@@ -660,6 +675,9 @@ def test_own_attention_with_masks_and_types(dtype, upcast, mask, kernel):
         with attune.applied(pipe, kernel) as handle:
             out = pipe(q, k, v, bias)
             assert set(handle.data()[0]["observed"]) == {kernel}
+            assert ("upcast_attention" in handle.report()) is (
+                kernel == "host" and upcast and dtype is not torch.float32
+            )
     assert out.dtype is dtype and out.shape == (3, 5, 24)
     error = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     assert (out.float() - wanted).norm() / wanted.norm() < error

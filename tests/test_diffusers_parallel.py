@@ -33,7 +33,6 @@ from diffusers import ContextParallelConfig
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 torch.accelerator.device_count = lambda: 1  # diffusers counts accelerators, of which there is none
-pipe, _ = tiny_pipelines.flux()
 seed = tiny_pipelines.generator()
 inputs = {{
     "hidden_states": torch.randn(1, 64, 4, generator=seed), "timestep": torch.ones(1),
@@ -41,23 +40,29 @@ inputs = {{
     "pooled_projections": torch.randn(1, 16, generator=seed),
     "img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(6, 3),
 }}
-with torch.no_grad():
-    alone = pipe.transformer(**inputs, return_dict=False)[0]
-    handle = attune.apply(pipe, "split")
-    pipe.transformer.enable_parallelism(config=ContextParallelConfig(**json.loads(sys.argv[1])))
-    try:
-        shared = pipe.transformer(**inputs, return_dict=False)[0]
-        found = float((alone - shared).abs().max())
-    except Exception as error:
-        found = str(error)
-    run = handle.data()
-print(json.dumps([found, run[0]["observed"] if run else {{}}]), flush=True)
+found = []
+for config in ({{"ulysses_degree": 2}}, {{"ring_degree": 2}}):
+    pipe, _ = tiny_pipelines.flux()
+    with torch.no_grad():
+        alone = pipe.transformer(**inputs, return_dict=False)[0]
+        handle = attune.apply(pipe, "split")
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(**config))
+        try:
+            shared = pipe.transformer(**inputs, return_dict=False)[0]
+            said = float((alone - shared).abs().max())
+        except Exception as error:
+            said = str(error)
+        run = handle.data()
+        found.append([said, run[0]["observed"] if run else {{}}])
+    handle.remove()
+print(json.dumps(found), flush=True)
 torch.distributed.barrier()  # the other may still be setting up
 os._exit(0)  # what a ring that failed has begun would be waited for
 """
 
 
-def in_two_processes(tmp_path, **config):
+def in_two_processes(tmp_path):
+    """What each of them found: [largest difference from one process or the error, what ran] of Ulysses, a ring."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +72,7 @@ def in_two_processes(tmp_path, **config):
     for rank in range(2):
         env = {**os.environ, "ATTUNE_HOME": str(tmp_path), "RANK": str(rank), "WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        command = [sys.executable, "-W", "ignore", str(script), json.dumps(config)]
+        command = [sys.executable, "-W", "ignore", str(script)]
         processes.append(
             subprocess.Popen(
                 command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
@@ -81,14 +86,12 @@ def in_two_processes(tmp_path, **config):
     return found
 
 
-def test_ulysses(tmp_path):
-    for difference, observed in in_two_processes(tmp_path, ulysses_degree=2):
+def test_ulysses_shares_our_kernel_and_a_ring_is_left_to_diffusers(tmp_path):
+    for ulysses, ring in in_two_processes(tmp_path):
+        difference, observed = ulysses
         assert difference < 1e-5
         assert observed == {"split": 3}
-
-
-def test_a_ring_is_left_to_diffusers(tmp_path):
-    """Its plain back end cannot do it either, and says so as it does without the pack."""
-    for said, observed in in_two_processes(tmp_path, ring_degree=2):
+        # The plain back end of diffusers cannot do a ring either, and says so as it does without the pack.
+        said, observed = ring
         assert "return_lse" in said
         assert observed == {}

@@ -75,10 +75,9 @@ def test_the_kernel_may_stand_behind_the_script(run):
 
 def test_exit_status_and_errors_are_the_scripts(run):
     assert run("sys.exit(7)").returncode == 7
-    done = run("raise LookupError('mine')")
-    assert done.returncode == 1 and "LookupError: mine" in done.stderr
     done = run("pipe, call = pipelines.sd15(); pipe(**{**call, 'height': 33})")
-    assert done.returncode == 1 and "failed" in done.stderr
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr and ": failed" in done.stderr
 
 
 def test_what_is_wrong_with_the_command(run, tmp_path):
@@ -131,15 +130,17 @@ def test_a_flash_attn_of_another_schema_does_not_take_the_script_down(run, tmp_p
     assert "Ran: split ×26" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "example, said",
-    [
-        ("stable_diffusion_controlnet.py", ["Ran: split ×25", "The same picture but for rounding"]),
-        ("wan22.py", ["not installed", "Ran: sdpa", "5 frames of 16 × 16"]),
-        ("controlvideo_like.py", ["Before: RuntimeError: CUDA error: invalid argument", "Ran: sdpa ×17", "xformers"]),
-    ],
-)
-def test_the_examples_run(example, said, tmp_path):
+EXAMPLES = {
+    "stable_diffusion_controlnet.py": ["Ran: split ×25", "The same picture but for rounding"],
+    "wan22.py": ["not installed", "Ran: sdpa ×26", "5 frames of 16 × 16"],
+    "controlvideo_like.py": ["Before: RuntimeError: CUDA error: invalid argument", "Ran: sdpa ×17", "xformers"],
+}
+
+
+def test_the_examples_run(tmp_path):
+    assert set(EXAMPLES) | {"tiny_pipelines.py", "controlvideo_modules.py"} == {
+        path.name for path in (ROOT / "examples").glob("*.py")
+    }
     bootstrap = (
         "import importlib.util, runpy, sys\n"
         f"root = {str(ROOT)!r}\n"
@@ -148,12 +149,14 @@ def test_the_examples_run(example, said, tmp_path):
         "sys.modules['comfyui_attune'] = package = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(package)\n"
         "sys.path.insert(0, root + '/examples')\n"
-        f"runpy.run_path(root + '/examples/{example}', run_name='__main__')\n"
+        f"for name in {list(EXAMPLES)!r}:\n"
+        "    runpy.run_path(root + '/examples/' + name, run_name='__main__')\n"
+        "    print('=====')\n"
     )
     env = {**os.environ, "ATTUNE_HOME": str(tmp_path), "PYTHONUTF8": "1"}
     command = [sys.executable, "-W", "ignore", "-c", bootstrap]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, check=False)
     assert done.returncode == 0, done.stderr
-    for words in said:
-        assert words in done.stdout
-    print(done.stdout)
+    for (name, said), text in zip(EXAMPLES.items(), done.stdout.split("====="), strict=False):
+        for words in said:
+            assert words in text, name
