@@ -160,3 +160,33 @@ def test_the_examples_run(tmp_path):
     for (name, said), text in zip(EXAMPLES.items(), done.stdout.split("====="), strict=False):
         for words in said:
             assert words in text, name
+
+
+def stand_in(fault):
+    """The environment in which flash2 is there, on the CPU, and goes wrong."""
+    standins = ROOT / "tests" / "standins"
+    return {
+        "ATTUNE_EXTRA_KERNELS": str(standins / "extra_kernels.py"),
+        "PYTHONPATH": str(standins / "flash2"),
+        "ATTUNE_STANDIN_FAULT": fault,
+        "ATTUNE_STANDIN_FAULT_IN": "server",
+    }
+
+
+FLUX = "pipe, call = pipelines.flux(); print(float(pipelines.result(pipe, call).sum()))"
+
+
+def test_a_named_kernel_is_proved_in_a_child_process_and_healed_where_it_fails(run):
+    done = run(FLUX, env=stand_in("flash2:nan:from=3"), kernel="flash2")
+    assert done.returncode == 0, done.stderr
+    assert "waiting for the verdict on flash2: it is tried in a child process" in done.stderr
+    assert "forward(s) were thrown away and done again" in done.stderr
+    assert "flash2 gave NaN or infinity" in done.stderr
+    plain = run(FLUX, kernel="host")
+    assert abs(float(done.stdout) - float(plain.stdout)) < 0.5
+
+
+def test_a_kernel_that_ends_the_process_is_never_called_in_the_script(run):
+    done = run(FLUX, env=stand_in("flash2:anywhere:exit:from=0"), kernel="flash2")
+    assert done.returncode == 0, done.stderr
+    assert "the doctor found: crashed" in done.stderr and "Ran: host ×7" in done.stderr
