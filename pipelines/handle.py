@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ..attention.policy import Policy, Rule
 from ..host.runs import RunInfo
 from ..measure.run_text import runs_text
+from .alike import alike
 from .models import models_of, places
 from .process import machine, switched_off
 from .standing import NAME, Standing
@@ -93,8 +94,7 @@ def _class_with_runs(kind: type) -> type:
             return original(self, *args, **kwargs)
         return standing.call(self, original, args, kwargs)
 
-    about = {"__call__": __call__, "__module__": kind.__module__, "__qualname__": kind.__qualname__, NAME: True}
-    return type(kind.__name__, (kind,), {**about, "__doc__": kind.__doc__})
+    return alike(kind, __call__=__call__, **{NAME: True})
 
 
 def _policy(kernel: str | Rule | Policy) -> Policy:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .alike import alike
 from .calls import sdpa
 
 QUICK = "_attune_quick"
@@ -26,6 +28,7 @@ def is_quick(processor: Any) -> bool:
     return getattr(type(processor), QUICK, False) is True
 
 
+@functools.cache  # one class for all processors of a kind: compiled graphs are for one, too
 def quick_class(kind: type) -> type | None:
     """A subclass of the processor class `kind` that looks like it, and whose calls of SDPA are routed.
 
@@ -41,8 +44,7 @@ def quick_class(kind: type) -> type | None:
     copy = FunctionType(call.__code__, {**call.__globals__, "F": _functional()}, call.__name__, call.__defaults__)
     copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = call.__kwdefaults__, call.__doc__, call.__annotations__
     copy.__qualname__, copy.__module__ = call.__qualname__, call.__module__
-    about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**about, "__call__": copy, QUICK: True})
+    return alike(kind, __call__=copy, **{QUICK: True})
 
 
 def without_xformers(module: Any) -> Any:

@@ -363,6 +363,29 @@ def test_a_model_that_is_put_into_the_pipeline_later_is_covered_from_the_next_ca
     assert "forward" not in vars(fresh)
 
 
+def test_what_diffusers_asks_of_classes_is_answered_as_before(tmp_path):
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    pipe, call = pipelines.sd15()
+    before = pipelines.result(pipe, call)
+    with attune.applied(pipe, "split") as handle:
+        kinds = {type(one) for one in pipe.unet.attn_processors.values()}
+        assert kinds == {AttnProcessor2_0} and not kinds & {AttnProcessor}
+        assert all(type(one) in (AttnProcessor2_0,) for one in pipe.unet.attn_processors.values())
+        assert type(pipe) == StableDiffusionPipeline and isinstance(pipe, StableDiffusionPipeline)  # noqa: E721
+        pipe.unet.set_default_attn_processor()  # asks for exact classes, and makes new objects
+        pipe.save_pretrained(tmp_path)
+        StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        pipelines.result(pipe, call)
+        assert handle.data()[0]["observed"] == {"split": 17}
+    assert json.loads((tmp_path / "model_index.json").read_text("utf-8"))["_class_name"] == "StableDiffusionPipeline"
+    assert {type(one) for one in pipe.unet.attn_processors.values()} == {
+        AttnProcessor
+    }  # what the user has changed stays
+    assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-4)
+
+
 def test_pipelines_are_collected_when_nobody_needs_them():
     import weakref
 
