@@ -5,6 +5,7 @@ It is one more entry in diffusers' own table, there while a pipeline is patched,
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,12 +18,8 @@ _users: list[Any] = []  # what is there once for each pipeline that needs the en
 
 
 def _registry() -> Any:
-    """diffusers' table of back ends; None where this diffusers has none."""
-    try:
-        from diffusers.models import attention_dispatch
-    except ImportError:
-        return None
-    return attention_dispatch
+    """diffusers' table of back ends; None where nobody has imported it, or this diffusers has none."""
+    return sys.modules.get("diffusers.models.attention_dispatch")
 
 
 def backend() -> Any:

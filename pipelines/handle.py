@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
+
+import torch
 
 from ..attention.policy import Policy, Rule
 from ..host.runs import RunInfo
@@ -107,10 +110,8 @@ def _policy(kernel: str | Rule | Policy) -> Policy:
 
 
 def _check_pipeline(pipe: Any) -> None:
-    import torch
-    from diffusers import DiffusionPipeline
-
-    if isinstance(pipe, DiffusionPipeline):
+    kind = getattr(sys.modules.get("diffusers"), "DiffusionPipeline", None)  # not imported: it can be none of those
+    if kind is not None and isinstance(pipe, kind):
         return
     found = f"{type(pipe).__module__}.{type(pipe).__qualname__}"
     hint = " Give the pipeline that the model belongs to." if isinstance(pipe, torch.nn.Module) else ""

@@ -665,6 +665,24 @@ def test_a_controlvideo_like_pipeline(monkeypatch):
     assert objects_of(pipe).keys() == objects.keys()
 
 
+def test_xformers_stays_on_where_it_works(monkeypatch):
+    from types import SimpleNamespace
+
+    from comfyui_attune.pipelines import hooks
+
+    known = {"xformers_cutlass": SimpleNamespace(works=True)}
+    monkeypatch.setattr(hooks, "verdicts", lambda: SimpleNamespace(known=lambda device: known))
+    pipe, call = pipelines.sd15()
+    controlvideo_like(pipe.unet)
+    before = pipelines.result(pipe, call)
+    module = next(one for one in pipe.unet.modules() if isinstance(one, FullyFrameAttention))
+    module._use_memory_efficient_attention_xformers = True
+    with attune.applied(pipe, "split") as handle:
+        assert module._use_memory_efficient_attention_xformers is True
+        assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-4)
+        assert handle.data()[0]["observed"] == {"split": 17}  # its call, too: xformers' own broken one is never made
+
+
 class OneModule:
     """A pipeline around one module, to call it in a forward of ours."""
 
