@@ -20,6 +20,7 @@ from .doctor.store import home
 from .measure.bench_command import Ask, add_bench
 from .measure.compare_command import add_compare
 from .measure.report_command import add_report
+from .pipelines.run_script import add_run
 
 
 def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_quarantine(commands, Path(__file__).parent)
     add_bench(commands, _all_kernels, _why_not_run)
     add_compare(commands)
+    add_run(commands)
     add_report(commands, lambda state: (state or home(Path(__file__).parent)) / "runs")
     options = parser.parse_args(arguments)
     announce(home(Path(__file__).parent))

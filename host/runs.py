@@ -41,7 +41,7 @@ class RunInfo:
     that of the whole sampling, 0 if unknown; `first_step` is the first of this run in it. `made_by` is a fingerprint
     of the sampler node and all that leads to it, "" if unknown. `node_types` maps node ids to class names, `advice`
     node ids to sentences about this run. `started` is in seconds since 1970, `seconds` how long the run took. `file`:
-    where it is kept on disk.
+    where it is kept on disk. `host`: "diffusers" where it was not ComfyUI.
     """
 
     number: int
@@ -60,6 +60,7 @@ class RunInfo:
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
     file: Path | None = None
+    host: str = ""
 
     def close(self) -> None:
         """The run has ended, in whatever way; `status` says how."""
@@ -113,6 +114,7 @@ class RunInfo:
             },
             **account(self.record),
             "nodes": self._nodes(),
+            **({"host": self.host} if self.host else {}),
         }
 
     def summary(self) -> dict[str, Any]:

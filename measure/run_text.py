@@ -12,6 +12,7 @@ from .run_cells import in_ranges, kernel_summary, phases, title
 KIND = "attune run"
 SCHEMA = 1
 HOW_TO_TIME = "switch on time_calls on the Attention Selector"
+_HOW_TO_TIME_A_PIPELINE = "attune.apply a Rule with timed=True"
 _MOST = 12  # lines of one list
 _NEEDED = (
     "status", "model", "machine", "stage", "observed", "kernels", "plans", "patterns", "steps", "events", "notes",
@@ -104,6 +105,11 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def _of_a_pipeline(run: dict[str, Any]) -> bool:
+    """Was it a run of a diffusers pipeline, and not of ComfyUI?"""
+    return run.get("host") == "diffusers"
+
+
 def _kernels(run: dict[str, Any]) -> list[str]:
     rows = [("kernel", "calls", "thrown away", "attention time", "error (mean / largest)")]
     for name, kernel in run["kernels"].items():
@@ -111,7 +117,8 @@ def _kernels(run: dict[str, Any]) -> list[str]:
         rows.append((name, f"{kernel['calls']:,}", discarded, share_text(kernel), error_text(kernel["error"])))
     lines = _table(rows) if len(rows) > 1 else []
     if not run["timed"]:
-        lines.append(f"  Time was not measured: {HOW_TO_TIME}.")
+        how = _HOW_TO_TIME_A_PIPELINE if _of_a_pipeline(run) else HOW_TO_TIME
+        lines.append(f"  Time was not measured: {how}.")
     elif run["untimed"]:
         lines.append(f"  {run['untimed']:,} calls were not timed.")
     return lines
@@ -165,7 +172,8 @@ def run_text(run: dict[str, Any], number: int = 0) -> str:
         )
     if run["tokens"]:
         lines.append(f"Sequences of up to {run['tokens']:,} tokens (self attention)")
-    lines += _section("Asked for:", [f"  {rule['words']} (node {rule['node']})" for rule in run["policy"]])
+    node = "" if _of_a_pipeline(run) else "node "
+    lines += _section("Asked for:", [f"  {rule['words']} ({node}{rule['node']})" for rule in run["policy"]])
     planned = ", ".join(f"{name} ×{count:,}" for name, count in run["planned"].items() if count)
     lines += [
         f"Planned: {planned or 'nothing'}",

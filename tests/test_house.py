@@ -13,7 +13,7 @@ import pytest
 
 from support.loading import ROOT
 
-FOLDERS = ("attention", "kernels", "host", "nodes", "doctor", "measure", "web", "workflows")
+FOLDERS = ("attention", "kernels", "host", "nodes", "pipelines", "doctor", "measure", "web", "workflows")
 KERNEL_PACKAGES = {"xformers", "flash_attn", "flash_attn_interface", "sageattention", "sageattn3", "comfy_kitchen"}
 HOST_PACKAGES = {
     "comfy",
@@ -34,7 +34,10 @@ ALLOWED = {
     "measure": {"attention", "measure"},
     "host": {"attention", "kernels", "doctor", "measure", "host"},
     "nodes": {"attention", "host", "nodes"},
+    "pipelines": {"attention", "kernels", "doctor", "measure", "host", "pipelines"},
 }
+# What scripts with diffusers share with ComfyUI, as it needs nothing of it: verdicts, runs, and what is kept on disk.
+WITHOUT_COMFYUI = {"host.memory", "host.remembered", "host.run_files", "host.runs", "host.timings", "host.verdicts"}
 # Inside attention/, imports run one way.
 ORDER = [
     "call", "builds", "driver", "machine", "kernel", "listing", "policy", "plan", "timings", "prepare", "clock",
@@ -87,10 +90,26 @@ def test_inside_attention_imports_run_one_way():
                 assert ORDER.index(module) < place, f"{name} imports {module}"
 
 
+def test_pipelines_need_no_comfyui_and_nobody_else_needs_diffusers():
+    for path in modules("pipelines"):
+        for name, relative in imports(path):
+            module = ".".join(name.split(".")[:2])
+            assert not (relative and name.startswith("host")) or module in WITHOUT_COMFYUI, f"{path} imports {name}"
+    for module in WITHOUT_COMFYUI:
+        for name, relative in imports(ROOT / f"{module.replace('.', '/')}.py"):
+            assert name.split(".")[0] not in HOST_PACKAGES, f"{module} imports {name}"
+            own = ".".join(name.split(".")[:2])
+            assert not (relative and name.startswith("host")) or own in WITHOUT_COMFYUI, f"{module} imports {name}"
+    for folder in FOLDERS:
+        for path in modules(folder) if folder != "pipelines" else ():
+            assert not any(name.split(".")[0] == "diffusers" for name, _ in imports(path)), path
+
+
 def test_only_absolute_imports_of_others_and_never_the_root_on_the_path():
     for folder in FOLDERS:
         for path in modules(folder):
-            assert "sys.path" not in path.read_text("utf-8"), path
+            if path.name != "run_script.py":  # it puts the folder of somebody's script there, as Python does
+                assert "sys.path" not in path.read_text("utf-8"), path
 
 
 def run_python(code: str) -> str:

@@ -1,0 +1,187 @@
+"""A back end of diffusers' `attention_dispatch`: processors that know back ends hand their calls to the router by it.
+
+It is one more entry in diffusers' own table, there while a pipeline is patched, and does nothing unless it is chosen.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from ..attention.session import CURRENT
+from .calls import PLACE, sdpa
+
+NAME = "attune"
+_users: list[Any] = []  # what is there once for each pipeline that needs the entry
+
+
+def _registry() -> Any:
+    """diffusers' table of back ends; None where nobody has imported it, or this diffusers has none."""
+    return sys.modules.get("diffusers.models.attention_dispatch")
+
+
+def backend() -> Any:
+    """Our member of AttentionBackendName, where it is registered; else None."""
+    table = _registry()
+    return None if table is None else table.AttentionBackendName._value2member_map_.get(NAME)
+
+
+def register(user: Any) -> Any:
+    """Add the back end, for `user`, and return its name as diffusers wants it; None where there are no back ends."""
+    table = _registry()
+    if table is None:
+        return None
+    names = table.AttentionBackendName
+    if NAME not in names._value2member_map_:
+        member = str.__new__(names, NAME)
+        member._name_, member._value_ = NAME.upper(), NAME
+        names._member_map_[NAME.upper()] = names._value2member_map_[NAME] = member
+        names._member_names_.append(NAME.upper())
+        options = {"supports_context_parallel": True} if hasattr(table, "_templated_context_parallel_attention") else {}
+        registry = table._AttentionBackendRegistry
+        # Functions differ: one that takes a _parallel_config must not stand where diffusers has none.
+        registry.register(member, **options)(_parallel if options else _attend)
+    if user not in _users:
+        _users.append(user)
+    return names._value2member_map_[NAME]
+
+
+def unregister(user: Any) -> None:
+    """`user` needs the back end no more; the last one takes it away."""
+    if user in _users:
+        _users.remove(user)
+    member = backend()
+    if _users or member is None:
+        return
+    table = _registry()
+    names, registry = table.AttentionBackendName, table._AttentionBackendRegistry
+    if registry._active_backend is member:  # somebody chose it by name meanwhile
+        registry._active_backend = names.NATIVE
+    names._member_names_.remove(NAME.upper())
+    del names._member_map_[NAME.upper()], names._value2member_map_[NAME]
+    for kept in (registry._backends, registry._constraints, registry._supported_arg_names):
+        kept.pop(member, None)
+    getattr(registry, "_supports_context_parallel", set()).discard(NAME)
+
+
+def _earlier(arguments: dict[str, Any], parallel: Any = None) -> torch.Tensor:
+    """The call by the back end that the processor would have used."""
+    table = _registry()
+    registry, place = table._AttentionBackendRegistry, PLACE.get() or {}
+    name = place.get("backend") or registry._active_backend
+    if name == NAME:
+        name = table.AttentionBackendName.NATIVE
+    name = table.AttentionBackendName(name)
+    given = {**arguments, "_parallel_config": parallel}
+    known = registry._supported_arg_names[name]
+    out: torch.Tensor = registry._backends[name](**{key: value for key, value in given.items() if key in known})
+    return out
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention of (B, N, H, D) tensors; the result has the same layout. A (B, M) mask hides keys."""
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
+    if not torch.compiler.is_compiling():
+        forward = CURRENT.get()
+        if forward is None or forward.router is None:
+            return _earlier(arguments)
+    mask = attn_mask
+    if mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
+        mask = mask[:, None, None]
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    more = {"enable_gqa": True} if enable_gqa else {}
+    out = sdpa(q, k, v, mask, dropout_p, is_causal, scale, host=lambda: _earlier(arguments).transpose(1, 2), **more)
+    return out.transpose(1, 2)
+
+
+def _forward_op(
+    _ctx: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _save_ctx: bool = True,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """One process's share of a call, for diffusers' templates of context parallelism."""
+    if return_lse:
+        raise ValueError("attune gives no log-sum-exp")
+    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _no_backward(*_arguments: Any, **_more: Any) -> Any:
+    raise NotImplementedError("attune is for inference: under context parallelism it has no backward pass")
+
+
+def _parallel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """`_attend`, spread over processes where diffusers asks for it."""
+    if _parallel_config is None:
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if return_lse or getattr(_parallel_config.context_parallel_config, "ring_degree", 1) > 1:
+        # A ring joins the shares by their log-sum-exp, which no kernel here gives: the pipeline's own back end does it.
+        forward = CURRENT.get()
+        if forward is not None and forward.router is not None:
+            forward.session.record.note("ring attention is left to diffusers' own back end; Ulysses is not")
+        arguments = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": attn_mask,
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+            "return_lse": return_lse,
+        }
+        return _earlier(arguments, _parallel_config)
+    out: torch.Tensor = _registry()._templated_context_parallel_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        return_lse,
+        forward_op=_forward_op,
+        backward_op=_no_backward,
+        _parallel_config=_parallel_config,
+    )
+    return out

@@ -1,0 +1,175 @@
+"""`apply`: one call that sends every attention call of a diffusers pipeline to the kernels of this pack."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from ..attention.policy import Policy, Rule
+from ..host.runs import RunInfo
+from ..measure.run_text import runs_text
+from .alike import alike
+from .models import models_of, places
+from .process import machine, switched_off
+from .standing import NAME, Standing
+
+log = logging.getLogger("attune")
+SOURCE = "attune.apply"
+_KEPT = 50
+_NO_RUN = "There is no run to report: call the pipeline first."
+_OFF = "ATTUNE=off: the pack does nothing, and the pipeline is unchanged."
+
+
+def run_data(runs: Iterable[RunInfo]) -> list[dict[str, Any]]:
+    """Runs as plain data, for JSON and for reports."""
+    return [run.as_data(machine()) for run in runs]
+
+
+class Handle:
+    """Rules on a pipeline. `report()` tells what ran under them, `remove()` takes them away.
+
+    `runs` are the calls of the pipeline since, the last 50. `models` names the models whose attention is covered.
+    """
+
+    def __init__(self, pipe: Any, policy: Policy) -> None:
+        self.policy = policy
+        self.runs: deque[RunInfo] = deque(maxlen=_KEPT)
+        self._pipe: Any = pipe
+        self._standing: Standing | None = None
+        self._remarks: list[str] = []
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the components that are covered."""
+        return list(self._standing.hooks.models) if self._standing else []
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found while the pipeline was patched, for the user."""
+        return [*self._remarks, *(self._standing.notes if self._standing else ())]
+
+    def data(self) -> list[dict[str, Any]]:
+        """The runs as plain data, for JSON."""
+        runs = list(self.runs)
+        if self._standing and (outside := self._standing.outside()):
+            runs.append(outside)
+        return run_data(runs)
+
+    def report(self) -> str:
+        """What ran, and why not what was asked for: a text of some lines for each call of the pipeline."""
+        runs = self.data()
+        return runs_text(runs, [*self._remarks, *([] if runs else [*self.notes, _NO_RUN])])
+
+    def remove(self) -> None:
+        """Take these rules away; with the last of its handles gone the pipeline is as it was. Once is enough."""
+        standing, self._standing = self._standing, None
+        if standing is None:
+            return
+        self._remarks = list(standing.notes)
+        if (outside := standing.outside()) is not None:
+            self.runs.append(outside)
+        standing.handles.remove(self)
+        standing.rules_changed()
+        if not standing.handles:
+            standing.fall()
+            if getattr(type(self._pipe), NAME, False):
+                self._pipe.__class__ = standing.pipe_class
+            vars(self._pipe).pop(NAME, None)
+
+
+def _class_with_runs(kind: type) -> type:
+    """A subclass that looks like `kind` and tells its object's Standing of every call. Only one object gets it."""
+
+    original: Any = vars(kind).get("__call__") or kind.__call__
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        standing: Standing | None = vars(self).get(NAME)
+        if standing is None:
+            return original(self, *args, **kwargs)
+        return standing.call(self, original, args, kwargs)
+
+    return alike(kind, __call__=__call__, **{NAME: True})
+
+
+def _policy(kernel: str | Rule | Policy) -> Policy:
+    if isinstance(kernel, (Policy, Rule)):
+        rules = kernel.rules if isinstance(kernel, Policy) else (kernel,)
+        return Policy(tuple(replace(rule, source=rule.source or SOURCE) for rule in rules))
+    if not isinstance(kernel, str):
+        raise TypeError(f"wanted the name of a kernel, a Rule or a Policy; found {kernel!r} ({type(kernel).__name__}).")
+    return Policy((Rule((kernel,), source=SOURCE),))
+
+
+def _check_pipeline(pipe: Any) -> None:
+    kind = getattr(sys.modules.get("diffusers"), "DiffusionPipeline", None)  # not imported: it can be none of those
+    if kind is not None and isinstance(pipe, kind):
+        return
+    found = f"{type(pipe).__module__}.{type(pipe).__qualname__}"
+    hint = " Give the pipeline that the model belongs to." if isinstance(pipe, torch.nn.Module) else ""
+    if not (callable(pipe) and hasattr(pipe, "components") and not isinstance(pipe, (type, torch.nn.Module))):
+        raise TypeError(f"attune.apply wants a diffusers pipeline (an object, not its class); it got {found}.{hint}")
+
+
+def apply(
+    pipe: Any,
+    kernel: str | Rule | Policy = "auto",
+    *,
+    text_encoders: bool = False,
+    foreign: Literal["wrap", "leave"] = "wrap",
+    quiet: bool = False,
+) -> Handle:
+    """Send every attention call of the pipeline's models to `kernel`: a name, a Rule, or a Policy of several rules.
+
+    Covered are its UNet, transformers, ControlNets and VAE, with `text_encoders` also the encoders; what is put into
+    the pipeline later is covered from its next call on. A kernel that cannot run, fails or gives NaN is replaced, and
+    the handle's report says so. Rules of a later `apply` come before those of an earlier one, until its handle is
+    removed.
+    foreign: what to do with attention processors that are not diffusers' own plain ones (xformers, IP-Adapter, yours):
+    "wrap" routes the calls they make, "leave" leaves them alone; either is said. quiet: a pipeline without attention is
+    not worth a warning.
+
+    Raises TypeError for what is no pipeline, UnknownKernelError (a ValueError) with the names for an unknown kernel.
+    """
+    policy = _policy(kernel)
+    _check_pipeline(pipe)
+    if foreign not in ("wrap", "leave"):
+        raise ValueError(f"foreign={foreign!r} means nothing; wanted 'wrap' or 'leave'.")
+    handle = Handle(pipe, policy)
+    if switched_off():
+        handle._remarks.append(_OFF)
+        return handle
+    standing: Standing | None = vars(pipe).get(NAME)
+    if standing is None:
+        if not any(places(model) for model in models_of(pipe).values()) and not text_encoders:
+            text = f"no model of this {type(pipe).__name__} has an attention module that is known: it is unchanged."
+            handle._remarks.append(text)
+            log.log(logging.DEBUG if quiet else logging.WARNING, "Attune: %s", text)
+            return handle
+        standing = Standing(pipe, text_encoders, foreign == "wrap")
+        vars(pipe)[NAME] = standing
+        pipe.__class__ = _class_with_runs(type(pipe))
+    standing.text_encoders |= text_encoders
+    standing.handles.append(handle)
+    standing.rules_changed()
+    standing.hooks.stand(models_of(pipe, standing.text_encoders))
+    handle._standing = standing
+    return handle
+
+
+@contextmanager
+def applied(pipe: Any, kernel: str | Rule | Policy = "auto", **options: Any) -> Iterator[Handle]:
+    """`apply` for the length of a `with` block."""
+    handle = apply(pipe, kernel, **options)
+    try:
+        yield handle
+    finally:
+        handle.remove()
