@@ -23,7 +23,7 @@ if not hasattr(diffusers, "ContextParallelConfig"):
 
 SCRIPT = f"""
 import json, os, sys
-sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "examples")!r}]
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "docs" / "examples")!r}]
 from support.loading import ROOT, load_package
 attune = load_package("comfyui_attune", ROOT)
 import torch, torch.distributed

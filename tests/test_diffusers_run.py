@@ -19,7 +19,7 @@ if importlib.util.find_spec("diffusers") is None:
 
 HEAD = f"""
 import os, sys
-sys.path.insert(0, {str(ROOT / "examples")!r})
+sys.path.insert(0, {str(ROOT / "docs" / "examples")!r})
 import tiny_pipelines as pipelines
 """
 
@@ -139,7 +139,7 @@ EXAMPLES = {
 
 def test_the_examples_run(tmp_path):
     assert set(EXAMPLES) | {"tiny_pipelines.py", "controlvideo_modules.py"} == {
-        path.name for path in (ROOT / "examples").glob("*.py")
+        path.name for path in (ROOT / "docs" / "examples").glob("*.py")
     }
     bootstrap = (
         "import importlib.util, runpy, sys\n"
@@ -148,9 +148,9 @@ def test_the_examples_run(tmp_path):
         "submodule_search_locations=[root])\n"
         "sys.modules['comfyui_attune'] = package = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(package)\n"
-        "sys.path.insert(0, root + '/examples')\n"
+        "sys.path.insert(0, root + '/docs/examples')\n"
         f"for name in {list(EXAMPLES)!r}:\n"
-        "    runpy.run_path(root + '/examples/' + name, run_name='__main__')\n"
+        "    runpy.run_path(root + '/docs/examples/' + name, run_name='__main__')\n"
         "    print('=====')\n"
     )
     env = {**os.environ, "ATTUNE_HOME": str(tmp_path), "PYTHONUTF8": "1"}

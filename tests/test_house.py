@@ -105,6 +105,12 @@ def test_pipelines_need_no_comfyui_and_nobody_else_needs_diffusers():
             assert not any(name.split(".")[0] == "diffusers" for name, _ in imports(path)), path
 
 
+def test_one_folder_only_has_a_name_that_comfyui_serves_templates_from():
+    """It would serve the first of them, and the templates of the other could not be opened (custom_node_manager.py)."""
+    names = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in names if (ROOT / name).exists()] == ["workflows"]
+
+
 def test_only_absolute_imports_of_others_and_never_the_root_on_the_path():
     for folder in FOLDERS:
         for path in modules(folder):

@@ -1,6 +1,6 @@
 """A ControlVideo-like pipeline: modules with their own `_attention`, set to an xformers that is broken on this GPU.
 
-pip install comfyui-attune diffusers, then: python examples/controlvideo_like.py
+in a checkout: pip install ".[diffusers]", then: python docs/examples/controlvideo_like.py
 """
 
 import tiny_pipelines

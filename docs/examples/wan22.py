@@ -1,6 +1,6 @@
 """Wan 2.2 with its two transformers: kernels by part of the sampling and by block. Tiny random weights, on the CPU.
 
-pip install comfyui-attune diffusers, then: python examples/wan22.py
+in a checkout: pip install ".[diffusers]", then: python docs/examples/wan22.py
 """
 
 import tiny_pipelines

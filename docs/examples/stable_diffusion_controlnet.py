@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 with a ControlNet: one call covers UNet, ControlNet and VAE. Tiny random weights, on the CPU.
 
-pip install comfyui-attune diffusers, then: python examples/stable_diffusion_controlnet.py
+in a checkout: pip install ".[diffusers]", then: python docs/examples/stable_diffusion_controlnet.py
 """
 
 import tiny_pipelines
