@@ -117,8 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a Windows console may lack letters of a path
     try:
         status = int(options.run(options))
-        sys.stdout.flush()
+        if sys.stdout is not None and not sys.stdout.closed:  # a script that `run` ran may have closed it
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # what reads our output has seen enough, as `head` has
+        if options.command == "run":  # a script's own matter
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -150,7 +150,8 @@ def traced_attention(
     """
     name = func.__name__
     carried = _CARRIED.issuperset(kwargs) and host_functions.get(name) is getattr(func, INNER, func)
-    if not carried or (q.requires_grad and torch.is_grad_enabled()):
+    wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not carried or wants_gradient:
         return func(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs)
     options = kwargs.get("transformer_options") or {}
     index = options.get("transformer_index")

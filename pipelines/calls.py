@@ -24,7 +24,7 @@ from ..kernels.split import run as sliced
 SDPA = F.scaled_dot_product_attention
 # The attention module that this thread is in: its block (as the router wants it), and the back end it had before.
 PLACE: ContextVar[Mapping[str, Any] | None] = ContextVar("attune_place", default=None)
-_PARTS, _LONG = 4, 2**24  # parts of a call with that many scores per head, see _without_scores
+_PARTS, _LONG = 4, 2**24  # parts of a call with that many scores per head, see without_scores
 _WATCHING: ContextVar[bool] = ContextVar("attune_watching", default=False)
 _ROUTED: ContextVar[bool] = ContextVar("attune_routed", default=False)  # in a call of ours: kernels call SDPA, too
 
@@ -167,7 +167,7 @@ def _wide(module: Any, q: torch.Tensor) -> bool:
     return bool(asked) and q.dtype is not torch.float32
 
 
-def _without_scores(
+def without_scores(
     module: Any,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -237,62 +237,6 @@ def own_attention(module: Any, original: Callable[..., torch.Tensor]) -> Callabl
         fits = query.ndim == key.ndim == value.ndim == 3 and query.shape[0] % int(module.heads) == 0
         if not fits or CURRENT.get() is None:
             return original(query, key, value, attention_mask, *rest, **more)
-        return _without_scores(module, query, key, value, attention_mask, joined=True)
+        return without_scores(module, query, key, value, attention_mask, joined=True)
 
     return attend
-
-
-class Pending:
-    """Softmaxed scores that nobody has computed: a product with the values is attention, anything else computes them.
-
-    Stands for the (B·H, N, M) tensor of `get_attention_scores`, for processors that only multiply it.
-    """
-
-    def __init__(self, module: Any, q: torch.Tensor, k: torch.Tensor, mask: Any, original: Callable[..., Any]) -> None:
-        self._module, self._q, self._k, self._mask, self._original = module, q, k, mask, original
-
-    def _computed(self) -> torch.Tensor:
-        scores: torch.Tensor = self._original(self._q, self._k, self._mask)
-        return scores
-
-    def _times(self, values: torch.Tensor) -> torch.Tensor:
-        return _without_scores(self._module, self._q, self._k, values, self._mask, joined=False).flatten(0, 1)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.bmm, torch.matmul) and not kwargs and isinstance(args[0], Pending):
-            return args[0]._times(args[1])
-        args = tuple(one._computed() if isinstance(one, Pending) else one for one in args)
-        named = {name: one._computed() if isinstance(one, Pending) else one for name, one in (kwargs or {}).items()}
-        return func(*args, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._computed(), name)
-
-    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
-        return self._times(other)
-
-
-def _computing(name: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self._computed(), name)(*args)
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "getitem", "len", "neg", "pow"):
-    setattr(Pending, f"__{_name}__", _computing(f"__{_name}__"))
-
-
-def pending_scores(module: Any, original: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """What takes the place of a module's `get_attention_scores(query, key, attention_mask)` of (B·H, N, D) tensors."""
-
-    @functools.wraps(original)
-    def scores(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
-        forward = None if is_compiling() else CURRENT.get()
-        if forward is None or forward.router is None or query.ndim != 3 or key.ndim != 3:
-            return original(query, key, attention_mask)
-        return Pending(module, query, key, attention_mask, original)
-
-    return scores

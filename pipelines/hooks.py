@@ -14,9 +14,10 @@ from torch.compiler import is_compiling
 
 from ..attention.session import CURRENT
 from . import dispatch
-from .calls import PLACE, Intercept, intercepted, own_attention, pending_scores
+from .calls import PLACE, Intercept, intercepted, own_attention
 from .changes import Changes
 from .models import Place, attends_itself, bare, foreign, holders, is_compiled, is_encoder, places
+from .pending import pending_scores
 from .process import machine, verdicts
 from .processors import is_quick, quick_class, without_xformers
 

@@ -8,6 +8,7 @@ import runpy
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +98,17 @@ def _arguments(given: list[str], kernel: str | None) -> tuple[str, list[str]]:
     return (given[1], given[2:]) if len(given) > 1 and given[0] == "--kernel" else ("auto", given)
 
 
+def _report(patched: _Patched) -> None:
+    """Whatever goes wrong here must not take the place of the script's own status or error."""
+    with suppress(Exception):  # a script may have closed it
+        sys.stdout.flush()
+    try:
+        print(f"\n{patched.report()}", file=sys.stderr)
+    except Exception as error:
+        with suppress(Exception):
+            print(f"attune run: there is no report ({type(error).__name__}: {error})", file=sys.stderr)
+
+
 def _run(options: argparse.Namespace) -> int:
     kernel, arguments = _arguments(options.arguments, options.kernel)
     try:
@@ -119,8 +131,7 @@ def _run(options: argparse.Namespace) -> int:
         runpy.run_path(str(options.script), run_name="__main__")
     finally:
         if not switched_off():
-            sys.stdout.flush()
-            print(f"\n{patched.report()}", file=sys.stderr)
+            _report(patched)
     return 0
 
 

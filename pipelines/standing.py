@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -39,15 +40,16 @@ NAME = "_attune"  # where a pipeline keeps its Standing
 HOST = "diffusers"  # what made a run, in its record
 _OUTSIDE = "outside calls of the pipeline"
 _numbers = itertools.count(1)
-_XFORMERS = "_use_memory_efficient_attention_xformers"
-_WITHOUT_FORWARD = ("decode", "encode")  # what pipelines call of a VAE
+_CALLED: ContextVar[Any] = ContextVar("attune_called", default=None)  # the Standing of the pipeline that is called
 
 
 def _fingerprint(kind: type, models: Iterable[torch.nn.Module]) -> str:
     """Tells pipelines apart by what they compute: classes, configurations and sizes, not the weights' values."""
     about = []
     for model in map(bare, models):
-        config = sorted((str(key), str(value)) for key, value in (getattr(model, "config", None) or {}).items())
+        config = getattr(model, "config", None) or {}
+        config = config.to_dict() if hasattr(config, "to_dict") else config  # a model of transformers
+        config = sorted((str(key), str(value)) for key, value in config.items())
         about.append((type(model).__name__, config, sum(weights.numel() for weights in model.parameters())))
     return hashlib.sha256(repr((kind.__name__, about)).encode()).hexdigest()[:24]
 
@@ -91,7 +93,8 @@ class Standing:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             # In a forward of ours (a model in a model), or of another pipeline that shares this model: that one counts.
-            if is_compiling() or not self.active or CURRENT.get() is not None:
+            others = _CALLED.get() not in (None, self)
+            if is_compiling() or not self.active or CURRENT.get() is not None or others:
                 return original(*args, **kwargs)
             return self._forward(original, args, kwargs, whole)
 
@@ -102,7 +105,7 @@ class Standing:
     def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
         session = self._session or self._router.idle_session
         router = self._router if self._session is None else self._run_router
-        sigma = timestep_of(args, kwargs)
+        sigma = None if whole else timestep_of(args, kwargs)  # an encoder's second argument is its mask
         if self._steps is not None and self._steps.first is None:
             self._steps.first = sigma
 
@@ -144,7 +147,7 @@ class Standing:
             record.note(note)
         self._prove(str(getattr(pipe, "_execution_device", machine().main_device.name)), record)
         model = self._recall(session)
-        self._session = session
+        self._session, token = session, _CALLED.set(self)
         try:
             out = call(pipe, *args, **kwargs)
             run.status = "finished"
@@ -156,6 +159,7 @@ class Standing:
             run.status = "failed"
             raise
         finally:
+            _CALLED.reset(token)
             self._session = None
             self._close(run, session, model)
 
@@ -229,9 +233,7 @@ class Standing:
         record = self._router.idle_session.record
         if not record.calls():
             return None
-        run = RunInfo(
-            0, None, None, None, None, self._model_names(), record, {}, status="outside calls of the pipeline"
-        )
+        run = RunInfo(0, None, None, None, None, self._model_names(), record, {}, status=_OUTSIDE)
         run.seconds = time.time() - run.started
         return run
 

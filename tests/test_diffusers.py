@@ -276,6 +276,8 @@ def test_two_pipelines_that_share_their_models():
     second = attune.apply(other, "sdpa_math")
     other(**more, image=torch.rand(1, 3, 32, 32), strength=1.0)
     assert second.data()[0]["observed"] == {"sdpa_math": 18}  # an encoder's call more
+    pipelines.result(pipe, call)  # the one that is called decides, not the one that was patched last
+    assert first.data()[0]["observed"] == {"split": 17} and len(second.data()) == 1
     first.remove()
     other(**more, image=torch.rand(1, 3, 32, 32), strength=1.0)
     assert second.data()[1]["observed"] == {"sdpa_math": 18}
@@ -544,6 +546,29 @@ def test_scores_that_somebody_looks_at_are_computed():
         assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-5)
         assert any("Looking" in note for note in handle.notes)
     assert seen[0] == (4, 64, 64)
+
+
+def test_scores_that_are_changed_in_place_are_the_ones_that_are_used():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    class Editing(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            q, k, v = (attn.head_to_batch_dim(f(x)) for f, x in
+                       ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)))  # fmt: skip
+            scores = attn.get_attention_scores(q, k, attention_mask)
+            scores[: len(scores) // 2] = scores[len(scores) // 2 :]
+            scores *= 0.5
+            scores.mul_(2.0)
+            both = torch.cat([scores, scores])[: len(scores)]
+            assert torch.equal(both, scores[:])
+            return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(scores, v)))
+
+    pipe, call = pipelines.sd15()
+    pipe.unet.set_attn_processor(Editing())
+    before = pipelines.result(pipe, call)
+    with attune.applied(pipe, "split"):
+        assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-5)
 
 
 def test_processors_of_others_are_wrapped_or_left_alone():
