@@ -13,7 +13,9 @@ def suite(arguments: list[str], browser: bool, with_comfyui: bool) -> int:
     if browser:
         chrome.install()
     venv, _ = set_up([parts.tests()], with_comfyui)
-    command = [str(venv.python), "-m", "pytest", *([] if with_comfyui else ["--no-comfyui"]), *arguments]
+    # The whole suite on two workers, file by file: while one waits for its ComfyUI, the other computes.
+    workers = ["-n", "2", "--dist", "loadfile"] if not arguments and (os.cpu_count() or 1) > 1 else []
+    command = [str(venv.python), "-m", "pytest", *workers, *([] if with_comfyui else ["--no-comfyui"]), *arguments]
     step("Running " + " ".join(command[2:]))
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DO_NOT_TRACK": "1"})
     while True:
