@@ -140,7 +140,7 @@ class Machine:
 # First choices per architecture: (exact, fast). Measured speeds and their sources: docs/kernels.md.
 # SageAttention's Triton path gives NaN on some Ampere cards and is never chosen on its own. Our own 8-bit kernel has
 # not been timed on any GPU: it stands behind what always runs, so that only a measurement can choose it.
-_ON_CPU = ("sdpa", "sdpa_flash", "split", "sdpa_math", "sub_quad")
+_ON_CPU = ("sdpa", "sdpa_flash", "split", "sdpa_math")
 _TABLE: dict[Architecture, tuple[tuple[str, ...], tuple[str, ...]]] = {
     Architecture.HOPPER: (
         ("flash3", "sdpa_cudnn", "flash2", "sdpa"),

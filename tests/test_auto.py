@@ -202,7 +202,7 @@ def test_one_timing_in_a_forward_at_most(monkeypatch):
 
 
 def test_measuring_takes_one_percent_of_the_time_so_far_and_goes_on_in_the_next_run(monkeypatch):
-    bench = Bench(monkeypatch, Standin("sdpa_flash", 3), Standin("split", 6), blocks=2)
+    bench = Bench(monkeypatch, Standin("sdpa_flash", 1), Standin("split", 10), blocks=2)
     session = Session(bench.router)
     for _ in range(20):  # 20 forwards of 20 ms: nothing fits into 4 ms
         bench.forward(session)
