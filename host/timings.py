@@ -47,8 +47,8 @@ def _read(entry: dict[str, Any]) -> tuple[dict[str, dict[str, Measured]], list[t
         for workload, kernels in entry["workloads"].items()
     }
     signatures = [tuple(map(str, one)) for one in entry["to_compile"]]
-    if any(len(one) != len(signatures[0]) for one in signatures):
-        raise ValueError("signatures of different lengths")
+    if any(len(one) < 2 or len(one) != len(signatures[0]) for one in signatures):
+        raise ValueError("signatures that are too short, or of different lengths")
     if not math.isfinite(entry["allowance"]):
         raise ValueError(f"wanted seconds, found {entry['allowance']}")
     return known, signatures

@@ -97,6 +97,7 @@ def test_a_changed_kernel_from_elsewhere_measures_anew():
         lambda state: state["here"]["workloads"][WORKLOAD.key]["split"].update(pairs=[[0.0, 1.0]]),
         lambda state: state["here"]["workloads"][WORKLOAD.key]["split"].update(pairs=[["x", 1.0]]),
         lambda state: state["here"].update(to_compile=[["a"], ["a", "b"]]),
+        lambda state: state["here"].update(to_compile=[["a"]]),
         lambda state: state.update(here=[]),
     ],
 )
