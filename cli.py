@@ -54,7 +54,7 @@ def _all_kernels() -> tuple[Any, ...]:
 
 def _why_not_run(ask: Ask) -> dict[str, str]:
     """Why each kernel must not be run in this process, "" where the doctor found that it works."""
-    from .doctor.probe import examine
+    from .doctor.probe import examine, use_choices
 
     pack = Path(__file__).parent
     folder = ask.home.absolute() if ask.home else home(pack)
@@ -64,6 +64,8 @@ def _why_not_run(ask: Ask) -> dict[str, str]:
             print(f"tried in a child process: {name}: {verdict.outcome}", file=sys.stderr)
 
     verdicts = examine(ask.kernels, ask.machine, pack, folder, ask.device, told=told)
+    kernels = {kernel.name: kernel for kernel in ask.kernels}
+    use_choices(kernels, ask.machine, ask.device or ask.machine.main_device, verdicts)
     return {
         name: "" if verdict.works else "; ".join(verdict.reasons) or f"{verdict.outcome}: {verdict.detail}"
         for name, verdict in verdicts.items()

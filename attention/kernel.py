@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -32,6 +32,23 @@ class Run(Protocol):
         mask: torch.Tensor | None = None,
         scale: float | None = None,
     ) -> torch.Tensor: ...
+
+
+class RunLse(Protocol):
+    """As Run, but gives (output, log-sum-exp): what ring attention joins the parts of a call by.
+
+    The log-sum-exp is that of the scaled and masked scores of each row, (B, H, N) whatever the layout, float32.
+    """
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 ExtraRule = Callable[[AttentionCall, Machine], str | None]
@@ -65,6 +82,19 @@ class Needs:
     call_rules: tuple[ExtraRule, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a kernel with several configurations finds the fastest one on a GPU, and is told of it.
+
+    refine(device, say): case → configuration, in the kernel's own words. It runs the kernel on `device`, so it is
+    called in a child process only; `say` is told of each step. use(device, choice): have later calls on `device` take
+    them; what is not known any more is passed over.
+    """
+
+    refine: Callable[[str, Callable[[str], None]], dict[str, str]]
+    use: Callable[[str, Mapping[str, str]], None]
+
+
 def no_workspace(_call: AttentionCall) -> int:
     return 0
 
@@ -77,7 +107,9 @@ class Kernel:
     relative L2 error it may have against float32 on structured inputs, per dtype. `workspace_bytes(call)` is what it
     allocates beyond inputs and output. `install` says in words how to get it. `needs_proof` False: plain PyTorch, which
     the host itself runs in its process; any other kernel is first tried in a child process.
-    `origin`: the file, and a digest of it, of a kernel that is not in the pack; a verdict is of that content.
+    `origin`: a digest of the code of a kernel that comes from no package, and its file where that is not in the pack; a
+    verdict is of that content.
+    `load_lse`: the same kernel with its log-sum-exp, None where it gives none.
     """
 
     name: str
@@ -92,7 +124,9 @@ class Kernel:
     url: str = ""
     needs_proof: bool = True
     origin: str = ""
+    tuning: Tuning | None = None
     workspace_bytes: Callable[[AttentionCall], int] = field(default=no_workspace)
+    load_lse: Callable[[], RunLse] | None = None
 
     @property
     def exact(self) -> bool:

@@ -132,6 +132,19 @@ def prove(request, say):
     return {"outcome": "works", **values, "calls": len(prepared)}
 
 
+def refine(request, say):
+    """The configurations of a proved kernel that are the fastest here. What goes wrong leaves the verdict as it is."""
+    kernels = importlib.import_module("comfyui_attune.kernels").KERNELS
+    kernel = next(kernel for kernel in kernels if kernel.name == request["kernel"])
+    if kernel.tuning is None:
+        return {}
+    try:
+        return kernel.tuning.refine(request["tensors"], lambda step: say(step=step))
+    except BaseException as error:
+        say(raw=f"while the fastest configuration was looked for: {words(error)}")
+        return {}
+
+
 def main(write=os.write, encode=json.dumps, leave=os._exit):
     with open(sys.argv[1], encoding="utf-8") as file:
         request = json.load(file)
@@ -151,6 +164,8 @@ def main(write=os.write, encode=json.dumps, leave=os._exit):
     except BaseException as error:  # Ours, not the kernel's: that one is caught where it is called.
         answer = {"outcome": "undecided", "detail": f"the probe failed: {words(error)}", "raw": traceback.format_exc()}
     say(**answer)
+    if answer["outcome"] == "works" and (choice := refine(request, say)):
+        say(choice=choice)
     leave(0)  # What a package does when Python ends is not asked here.
 
 

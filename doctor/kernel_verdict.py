@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # Only "works" lets a kernel be called. "undecided": the probe was disturbed or memory was short; it is not kept.
@@ -25,6 +25,7 @@ class KernelVerdict:
     outcome: one of OUTCOMES. detail: one sentence without a full stop. raw: the words of the kernel or its process,
     as they came. error: the largest relative L2 error that was measured, and `allowed` what the kernel declares for
     that call. milliseconds: the fastest of a few calls of the shape `timed`. calls: how many calls were compared.
+    choice: the configurations that were the fastest here, where a kernel has several (Kernel.tuning).
     """
 
     outcome: str
@@ -36,6 +37,7 @@ class KernelVerdict:
     milliseconds: float | None = None
     timed: str = ""
     calls: int = 0
+    choice: dict[str, str] = field(default_factory=dict)
 
     @property
     def works(self) -> bool:
@@ -55,4 +57,6 @@ class KernelVerdict:
         verdict = cls(**{**data, "reasons": tuple(map(str, data.get("reasons", ())))})
         if verdict.outcome not in OUTCOMES:
             raise ValueError(f"unknown outcome {verdict.outcome!r}")
+        if not isinstance(verdict.choice, dict):
+            raise ValueError(f"choice is no table of names: {verdict.choice!r}")
         return verdict

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,21 @@ def probe(
             for child in running:
                 child.end("the probe was stopped")
     return verdicts
+
+
+def use_choices(
+    kernels: Mapping[str, Kernel], machine: Machine, device: Device, verdicts: Mapping[str, KernelVerdict]
+) -> None:
+    """Tell kernels which configurations were the fastest on `device`, for it and its equals.
+
+    To be called before anybody hears that they work: a run keeps to one configuration from its beginning to its end.
+    """
+    for name, verdict in verdicts.items():
+        kernel = kernels.get(name)
+        if verdict.choice and kernel is not None and kernel.tuning is not None:
+            for other in machine.devices:
+                if other.like(device):
+                    kernel.tuning.use(other.name, verdict.choice)
 
 
 def fingerprint(

@@ -21,7 +21,7 @@ from ..attention.plan import HOST
 from ..attention.policy import FAMILIES
 from ..attention.session import Session
 from ..doctor.kernel_verdict import KernelVerdict
-from ..doctor.probe import examine, stored
+from ..doctor.probe import examine, stored, use_choices
 
 log = logging.getLogger("attune")
 OPEN = "is being tried in a child process first, or waits for that; later runs can use it"
@@ -60,8 +60,7 @@ class Verdicts:
         self._known: dict[Device, dict[str, KernelVerdict]] = {}
         self._open: dict[Device, list[str]] = {}
         self._wanted: set[tuple[Device, str]] = set()  # what a run waits for
-        self._looked = threading.Event()  # the kept verdicts have been read
-        self._ending = threading.Event()
+        self._looked, self._ending = threading.Event(), threading.Event()  # looked: the kept verdicts have been read
         self._thread: threading.Thread | None = None
         self._warned = False
         self._tried: dict[tuple[Device, str], float] = {}  # when a disturbed probe was done again
@@ -206,6 +205,7 @@ class Verdicts:
         return self._thread is not None and self._thread.is_alive() and not self._ending.is_set()
 
     def _keep(self, device: Device, found: Mapping[str, KernelVerdict]) -> None:
+        use_choices(self._kernels, self._read_machine(), device, found)
         with self._news:
             self._known.setdefault(device, {}).update(found)
             self._news.notify_all()

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ..attention.call import AttentionCall, MaskKind
 from ..attention.hub_package import hub_package
-from ..attention.kernel import MachineRule, Run
+from ..attention.kernel import MachineRule, Run, RunLse
 from ..attention.machine import CPU, Device, Machine, fetched_kernel, installed_packages
 
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -23,6 +24,7 @@ ANY_MASK: frozenset[MaskKind] = frozenset({"bool", "float"})
 # Relative L2 error of exact kernels: rounding of the weights and of the output, with room for the order of sums.
 EXACT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
+_Run = TypeVar("_Run", Run, RunLse)
 Version = tuple[tuple[int, ...], int, int]
 _STAGES = {"dev": -4, "a": -3, "b": -2, "rc": -1, "": 0, "post": 1}
 _VERSION = re.compile(r"v?(\d+(?:\.\d+)*)[._-]?(dev|a|b|rc|post)?\.?(\d*)")
@@ -106,13 +108,16 @@ def needs_cuda(at_least: str) -> MachineRule:
 
 
 @functools.lru_cache(maxsize=64)
-def _capability(index: int | None) -> tuple[int, int]:
+def capability_of(index: int | None) -> tuple[int, int] | None:
+    """Compute capability of the GPU of this number; None for a CPU (None, -1) and on AMD."""
+    if index is None or index < 0 or torch.version.hip is not None:
+        return None
     return torch.cuda.get_device_capability(index)
 
 
 def capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Compute capability of the GPU that holds `tensor`; None elsewhere and on AMD."""
-    return _capability(tensor.device.index) if tensor.is_cuda and torch.version.hip is None else None
+    return capability_of(tensor.get_device()) if tensor.is_cuda else None
 
 
 def upright(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:
@@ -133,7 +138,7 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if strides[-1] == 1 and not odd & 7 else tensor.contiguous()
 
 
-def on_device(run: Run) -> Run:
+def on_device(run: _Run) -> _Run:
     """Run with the tensors' GPU as the current one, and put back what a package makes current instead.
 
     Triton and CuTe launch on the current GPU, and SageAttention 2 changes it.
@@ -147,13 +152,13 @@ def on_device(run: Run) -> Run:
         *,
         mask: torch.Tensor | None = None,
         scale: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         if not q.is_cuda:
             return run(q, k, v, mask=mask, scale=scale)
         with torch.cuda.device(q.device):
             return run(q, k, v, mask=mask, scale=scale)
 
-    return guarded
+    return cast(_Run, guarded)
 
 
 def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

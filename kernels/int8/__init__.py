@@ -6,11 +6,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
+
 import torch
 
 from ...attention.call import AttentionCall, Layout
-from ...attention.kernel import Kernel, Needs, Run
+from ...attention.kernel import Kernel, Needs, Run, Tuning
 from .._common import ANY_MASK, EXACT, FULL, HALF, chosen, needs_version
+from . import tuning
 from .tiles import WIDTHS, chunk_plan, width_of
 
 _URL = "https://github.com/triton-lang/triton"
@@ -37,6 +42,16 @@ def _workspace_int8(call: AttentionCall) -> int:
     return heads * (plan.padded * (width + 4 + 2 * width) + 4 * width * (6 * plan.chunks + 3))
 
 
+def _origin() -> str:
+    """A digest of this folder's code: with every change the kernels are proved, measured and refined anew."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:32]
+
+
+def _tuning(name: str, allowed: float) -> Tuning:
+    return Tuning(lambda device, say: tuning.refine(name, device, allowed, say), functools.partial(tuning.use, name))
+
+
 def _needs(dtypes: frozenset[torch.dtype]) -> Needs:
     # Triton 3.6 does not compile 8-bit products for sm_75.
     return Needs(
@@ -50,6 +65,7 @@ def _needs(dtypes: frozenset[torch.dtype]) -> Needs:
     )
 
 
+_ORIGIN = _origin()
 KERNELS = (
     Kernel(
         name="attune_int8",
@@ -62,6 +78,8 @@ KERNELS = (
         load=_load_int8,
         needs=_needs(FULL),
         url=_URL,
+        origin=_ORIGIN,
+        tuning=_tuning("attune_int8", 0.08),
         workspace_bytes=_workspace_int8,
     ),
     Kernel(
@@ -74,5 +92,7 @@ KERNELS = (
         load=_load_bf16,
         needs=_needs(HALF),
         url=_URL,
+        origin=_ORIGIN,
+        tuning=_tuning("attune_bf16", EXACT[torch.bfloat16]),
     ),
 )

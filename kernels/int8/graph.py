@@ -11,7 +11,6 @@ import hashlib
 import torch
 
 from ...attention.kernel import Run
-from .._common import on_device
 from . import launch
 
 # The namespace is this module's own: two copies of the pack in one process must not define one operator twice.
@@ -30,7 +29,21 @@ def _fake(
 def runner(name: str) -> Run:
     """`int8_attention` or `exact_attention` of launch.py: itself, and inside a graph that is traced its operator."""
 
-    direct = on_device(getattr(launch, name))
+    attend = getattr(launch, name)
+
+    def direct(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        # Triton launches on the current GPU. Entering a context costs microseconds, so only where it is another one.
+        if not q.is_cuda or q.get_device() == torch.cuda.current_device():
+            return attend(q, k, v, mask=mask, scale=scale)  # type: ignore[no-any-return]
+        with torch.cuda.device(q.device):
+            return attend(q, k, v, mask=mask, scale=scale)  # type: ignore[no-any-return]
 
     def opaque(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None

@@ -1,21 +1,67 @@
-"""From tensors to launches: buffers and arguments of the kernels in quantise.py and forward.py."""
+"""From tensors to launches: buffers and arguments of the kernels in quantise.py, forward.py and exact.py.
+
+What follows from shapes, strides and types alone is worked out once for each kind of call, and kept.
+"""
 
 # mypy: disable-error-code="import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._common import capability
 from .exact import attend_exact
 from .forward import attend
+from .launched import Buffers, Described, Launch
 from .quantise import CHUNK_ROWS, HEAD_ROWS, collect_statistics, quantise
-from .tiles import EXACT, INT8, Tile, at_once, chunk_plan, tile_for, width_of
+from .tiles import Tile, at_once, chunk_plan, width_of
+from .tuning import tile_on
 
 # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
 INTERPRETED = not isinstance(attend, triton.JITFunction)
 _HALF_LARGEST = {dtype: torch.finfo(dtype).max / 2 for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+_KINDS = 512  # of calls that are kept: a run has a few, but lengths of prompts come and go
+# (q, k, v, mask or q, out) → None.
+Attend = Callable[..., None]
+
+
+class Signature(NamedTuple):
+    """All of a call but its addresses: shapes and strides in the order (B, tokens, H, D).
+
+    `device` is the GPU's number, -1 a CPU. `aligned`: all addresses are divisible by 16.
+    """
+
+    device: int
+    q: tuple[int, ...]
+    q_strides: tuple[int, ...]
+    k: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    mask: tuple[int, ...] | None
+    mask_strides: tuple[int, ...]
+    mask_kind: str
+    scale: float
+    aligned: bool
+
+
+def signature_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> Signature:
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    shape: tuple[int, ...] | None = None
+    strides: tuple[int, ...] = ()
+    kind = ""
+    if mask is not None:
+        addresses |= mask.data_ptr()
+        shape, strides, kind = tuple(mask.shape), mask.stride(), "bool" if mask.dtype is torch.bool else str(mask.dtype)
+    return Signature(
+        q.get_device(), q.shape, q.stride(), k.shape, k.stride(), v.stride(), (q.dtype, k.dtype, v.dtype),
+        shape, strides, kind, q.shape[3] ** -0.5 if scale is None else float(scale), not addresses & 15,
+    )  # fmt: skip
 
 
 def int8_attention(
@@ -32,48 +78,11 @@ def int8_attention(
     q (B, N, H, D), k and v (B, M, Hkv, D) with any strides, mask and scale as in `Run`. Returns (B, N, H, D).
     `tile` is for tests and benchmarks; by default it is what fits the GPU and the call.
     """
-    batch, q_len, heads, dim = q.shape
-    kv_len, kv_heads = k.shape[1], k.shape[2]
+    signature = signature_of(q, k, v, mask, scale)
     if tile is None:
-        tile = tile_for(INT8, capability(q), dim, mask is not None)
-    width, plan = width_of(dim), chunk_plan(kv_len)
-    key_heads = batch * kv_heads
-    device, float32 = q.device, torch.float32
-    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=device)
-    k8 = torch.empty((key_heads * plan.padded, width), dtype=torch.int8, device=device)
-    if tile.fp8:
-        v8 = torch.empty((key_heads * width, plan.padded), dtype=torch.float8_e4m3fn, device=device)
-    else:
-        v8 = torch.empty((key_heads * plan.padded, width), dtype=torch.float16, device=device)
-    k_scale = torch.empty((key_heads, plan.padded), dtype=float32, device=device)
-    rows = plan.chunks * CHUNK_ROWS.value + HEAD_ROWS.value
-    numbers = torch.empty((key_heads, rows, width), dtype=float32, device=device)
-
-    strides = *strides_of(k), *strides_of(v)
-    programs = key_heads * plan.chunks
-    collect_statistics[(programs,)](
-        k, v, numbers, *strides, kv_heads, kv_len, dim, plan.chunk, plan.chunks,
-        D=width, BT=at_once(width), num_warps=8,
-    )  # fmt: skip
-    quantise[(programs, 2)](
-        k, v, numbers, k8, k_scale, v8, *strides,
-        kv_heads, kv_len, plan.padded, dim, plan.chunk, plan.chunks,
-        D=width, BT=at_once(width), ROTATE=tile.rotate, FP8=tile.fp8, EMULATE=INTERPRETED, num_warps=8,
-    )  # fmt: skip
-    keys, values = k8, v8
-    if tile.tma:
-        keys = TensorDescriptor.from_tensor(k8, [tile.bn, width])
-        values = TensorDescriptor.from_tensor(v8, [width, tile.bn] if tile.fp8 else [tile.bn, width])
-    attend[(batch * heads * -(-q_len // tile.bm),)](
-        q, keys, k_scale, values, numbers, q if mask is None else mask, out,
-        *strides_of(q), *strides_of(out), *mask_strides(mask),
-        heads, heads // kv_heads, q_len, kv_len, plan.padded, dim, plan.chunks,
-        scale_of(dim, scale), _HALF_LARGEST[q.dtype],
-        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, PADDED=dim != width, WIDE=wide(q, tile.bm),
-        ROTATE=tile.rotate, FP8=tile.fp8, TMA=tile.tma,
-        MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        tile = tile_on("attune_int8", signature.device, q.shape[3], mask is not None)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _int8(signature, tile)(q, k, v, q if mask is None else mask, out)
     return out
 
 
@@ -87,64 +96,140 @@ def exact_attention(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """The same of 16-bit tensors as they are, in one launch."""
-    batch, q_len, heads, dim = q.shape
-    kv_len, kv_heads = k.shape[1], k.shape[2]
+    signature = signature_of(q, k, v, mask, scale)
     if tile is None:
-        tile = tile_for(EXACT, capability(q), dim, mask is not None)
-    width = width_of(dim)
-    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
-    tma = tile.tma and fits_tma(k) and fits_tma(v)
-    block = [1, tile.bn, 1, width]
-    attend_exact[(batch * heads * -(-q_len // tile.bm),)](
-        q, descriptor(k, block) if tma else k, descriptor(v, block) if tma else v, q if mask is None else mask, out,
-        *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *mask_strides(mask),
-        heads, heads // kv_heads, q_len, kv_len, dim, scale_of(dim, scale),
-        BM=tile.bm, BN=tile.bn, D=width, STAGES=tile.stages, TMA=tma, PADDED=dim != width, WIDE=wide(q, tile.bm),
-        MASK=mask_kind(mask), BY_QUERY=mask is not None and mask.shape[2] != 1, EMULATE=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        tile = tile_on("attune_bf16", signature.device, q.shape[3], mask is not None)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _exact(signature, tile)(q, k, v, q if mask is None else mask, out)
     return out
 
 
-def wide(q: torch.Tensor, rows: int) -> bool:
+@functools.lru_cache(maxsize=_KINDS)
+def _int8(call: Signature, tile: Tile) -> Attend:
+    (batch, q_len, heads, dim), (kv_len, kv_heads) = call.q, call.k[1:3]
+    width, chunks = width_of(dim), chunk_plan(kv_len)
+    key_heads = batch * kv_heads
+    rows = chunks.chunks * CHUNK_ROWS.value + HEAD_ROWS.value
+    values = (key_heads * width, chunks.padded) if tile.fp8 else (key_heads * chunks.padded, width)
+    buffers = Buffers(
+        (
+            ((key_heads, rows, width), torch.float32),
+            ((key_heads * chunks.padded, width), torch.int8),
+            ((key_heads, chunks.padded), torch.float32),
+            (values, torch.float8_e4m3fn if tile.fp8 else torch.float16),
+        ),
+        INTERPRETED,
+    )
+    strides = *strides_of(call.k_strides), *strides_of(call.v_strides)
+    programs, sizes = key_heads * chunks.chunks, {"D": width, "BT": at_once(width)}
+    statistics = Launch(
+        collect_statistics, (programs, 1, 1),
+        (*strides, kv_heads, kv_len, dim, chunks.chunk, chunks.chunks), sizes, call.aligned, num_warps=8,
+    )  # fmt: skip
+    rounding = Launch(
+        quantise, (programs, 2, 1),
+        (*strides, kv_heads, kv_len, chunks.padded, dim, chunks.chunk, chunks.chunks),
+        {**sizes, "ROTATE": tile.rotate, "FP8": tile.fp8, "EMULATE": INTERPRETED}, call.aligned, num_warps=8,
+    )  # fmt: skip
+    loop = Launch(
+        attend, (batch * heads * -(-q_len // tile.bm), 1, 1),
+        (
+            *strides_of(call.q_strides), *_contiguous(call.q), *mask_strides(call),
+            heads, heads // kv_heads, q_len, kv_len, chunks.padded, dim, chunks.chunks,
+            finite(call.scale), _HALF_LARGEST[call.dtypes[0]],
+        ),
+        {
+            "BM": tile.bm, "BN": tile.bn, "D": width, "STAGES": tile.stages, "PADDED": dim != width,
+            "WIDE": wide(call, tile.bm), "ROTATE": tile.rotate, "FP8": tile.fp8, "TMA": tile.tma,
+            "MASK": kind_of(call), "BY_QUERY": by_query(call), "EMULATE": INTERPRETED,
+        },
+        call.aligned, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    blocks = [tile.bn, width], [width, tile.bn] if tile.fp8 else [tile.bn, width]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, out: torch.Tensor) -> None:
+        room = torch.empty(buffers.bytes, dtype=torch.uint8, device=q.device)
+        numbers, k8, k_scale, v8 = buffers.parts(room)
+        statistics(k, v, numbers)
+        rounding(k, v, numbers, k8, k_scale, v8)
+        if tile.tma:
+            k8 = Described(k8, (key_heads * chunks.padded, width), (width, 1), blocks[0])
+            v8 = Described(v8, values, (values[1], 1), blocks[1])
+        loop(q, k8, k_scale, v8, numbers, mask, out)
+
+    return run
+
+
+@functools.lru_cache(maxsize=_KINDS)
+def _exact(call: Signature, tile: Tile) -> Attend:
+    (batch, q_len, heads, dim), (kv_len, kv_heads) = call.q, call.k[1:3]
+    width = width_of(dim)
+    tma = tile.tma and call.aligned and all(fits_tma(call, steps) for steps in (call.k_strides, call.v_strides))
+    loop = Launch(
+        attend_exact, (batch * heads * -(-q_len // tile.bm), 1, 1),
+        (
+            *strides_of(call.q_strides), *strides_of(call.k_strides), *strides_of(call.v_strides),
+            *_contiguous(call.q), *mask_strides(call),
+            heads, heads // kv_heads, q_len, kv_len, dim, finite(call.scale),
+        ),
+        {
+            "BM": tile.bm, "BN": tile.bn, "D": width, "STAGES": tile.stages, "TMA": tma, "PADDED": dim != width,
+            "WIDE": wide(call, tile.bm), "MASK": kind_of(call), "BY_QUERY": by_query(call), "EMULATE": INTERPRETED,
+        },
+        call.aligned, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    block, keys, values = [1, tile.bn, 1, width], _steps(call.k, call.k_strides), _steps(call.k, call.v_strides)
+
+    def run(q: torch.Tensor, k: Any, v: Any, mask: torch.Tensor, out: torch.Tensor) -> None:
+        if tma:
+            k, v = Described(k, call.k, keys, block), Described(v, call.k, values, block)
+        loop(q, k, v, mask, out)
+
+    return run
+
+
+def wide(call: Signature, rows: int) -> bool:
     """Do places in a tile of so many rows of q need 64 bits? Those of the output never do: it is contiguous."""
-    return q.stride(1) * rows >= 2**31
+    return call.q_strides[1] * rows >= 2**31
 
 
-def strides_of(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+def strides_of(strides: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Those of (B, tokens, H, D) in the order in which kernels take them: batch, head, token, channel."""
-    batch, token, head, channel = tensor.stride()
+    batch, token, head, channel = strides
     return batch, head, token, channel
 
 
-def scale_of(dim: int, scale: float | None) -> float:
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    _, tokens, heads, dim = shape
+    return tokens * heads * dim, dim, heads * dim, 1
+
+
+def finite(scale: float) -> float:
     """The scale as a number that float32 has: what is too large is cut, what is too small is 0."""
-    scale = dim**-0.5 if scale is None else float(scale)
     return 0.0 if abs(scale) < 2.0**-126 else max(-3e38, min(scale, 3e38))
 
 
-def _steps(tensor: torch.Tensor) -> list[int]:
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides; that of a dimension of size 1 is one that a tensor descriptor takes, as nobody uses it."""
-    return [step if size > 1 else 16 for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    return *(step if size > 1 else 16 for size, step in zip(shape[:3], strides[:3], strict=True)), 1
 
 
-def fits_tma(tensor: torch.Tensor) -> bool:
-    """Can a tensor descriptor stand for it? It wants channels side by side, and rows that begin at 16 bytes."""
-    size = tensor.element_size()
-    rows = all(step > 0 and step * size % 16 == 0 for step in _steps(tensor))
-    return rows and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
+def fits_tma(call: Signature, strides: tuple[int, ...]) -> bool:
+    """Can a tensor descriptor stand for k or v? It wants channels side by side, and rows that begin at 16 bytes."""
+    size = call.dtypes[1].itemsize
+    return strides[3] == 1 and all(step > 0 and step * size % 16 == 0 for step in _steps(call.k, strides)[:3])
 
 
-def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), [*_steps(tensor), 1], block)
-
-
-def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
+def mask_strides(call: Signature) -> tuple[int, ...]:
     """Batch, head, query and key strides, 0 where the mask broadcasts."""
-    if mask is None:
+    if call.mask is None:
         return 0, 0, 0, 0
-    return tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+    return tuple(0 if size == 1 else step for size, step in zip(call.mask, call.mask_strides, strict=True))
 
 
-def mask_kind(mask: torch.Tensor | None) -> str:
-    return "" if mask is None else "bool" if mask.dtype is torch.bool else "float"
+def kind_of(call: Signature) -> str:
+    return "" if call.mask is None else "bool" if call.mask_kind == "bool" else "float"
+
+
+def by_query(call: Signature) -> bool:
+    return call.mask is not None and call.mask[2] != 1

@@ -31,33 +31,37 @@ class Tile:
     rotate: bool = True
 
 
-# (width, with a mask) → tile.
-Table = dict[tuple[int, bool], Tile]
+# (width, with a mask) → tiles, the one that is taken unmeasured first.
+Table = dict[tuple[int, bool], tuple[Tile, ...]]
 _AMPERE: Table = {
-    (64, False): Tile(128, 64, 8, 2),
-    (128, False): Tile(128, 64, 8, 2),
-    (256, False): Tile(32, 64, 4, 2),
-    (64, True): Tile(128, 64, 8, 2),
-    (128, True): Tile(64, 64, 8, 2),
-    (256, True): Tile(32, 32, 4, 2),
+    (64, False): (Tile(128, 64, 8, 2),),
+    (128, False): (Tile(128, 64, 8, 2),),
+    (256, False): (Tile(32, 64, 4, 2),),
+    (64, True): (Tile(128, 64, 8, 2),),
+    (128, True): (Tile(64, 64, 8, 2),),
+    (256, True): (Tile(32, 32, 4, 2),),
 }
-_ADA: Table = {key: replace(tile, fp8=True) for key, tile in _AMPERE.items()}
+_ADA: Table = {key: tuple(replace(tile, fp8=True) for tile in tiles) for key, tiles in _AMPERE.items()}
 _HOPPER: Table = {
-    (64, False): Tile(128, 128, 8, 3, fp8=True, tma=True),
-    (128, False): Tile(128, 128, 8, 3, fp8=True, tma=True),
-    (256, False): Tile(64, 64, 8, 2, fp8=True, tma=True),
-    (64, True): Tile(128, 64, 8, 2, fp8=True, tma=True),
-    (128, True): Tile(128, 64, 8, 2, fp8=True, tma=True),
-    (256, True): Tile(64, 64, 8, 2, fp8=True, tma=True),
+    (64, False): (Tile(128, 128, 8, 3, fp8=True, tma=True),),
+    (128, False): (
+        Tile(128, 128, 8, 3, fp8=True, tma=True),
+        Tile(128, 128, 8, 2, fp8=True, tma=True),
+        Tile(64, 128, 4, 2, fp8=True, tma=True),
+    ),
+    (256, False): (Tile(64, 64, 8, 2, fp8=True, tma=True),),
+    (64, True): (Tile(128, 64, 8, 2, fp8=True, tma=True),),
+    (128, True): (Tile(128, 64, 8, 2, fp8=True, tma=True),),
+    (256, True): (Tile(64, 64, 8, 2, fp8=True, tma=True),),
 }
 _BLACKWELL: Table = {
-    (64, False): Tile(128, 64, 8, 2, fp8=True),
-    (128, False): Tile(128, 64, 8, 2, fp8=True),
-    (256, False): Tile(64, 32, 8, 2, fp8=True),
+    (64, False): (Tile(128, 64, 8, 2, fp8=True),),
+    (128, False): (Tile(128, 64, 8, 2, fp8=True),),
+    (256, False): (Tile(64, 32, 8, 2, fp8=True),),
     # Triton 3.6 fails to compile e4m3 with a mask for sm_100.
-    (64, True): Tile(128, 64, 8, 2),
-    (128, True): Tile(128, 32, 8, 2),
-    (256, True): Tile(64, 32, 8, 2),
+    (64, True): (Tile(128, 64, 8, 2),),
+    (128, True): (Tile(128, 32, 8, 2),),
+    (256, True): (Tile(64, 32, 8, 2),),
 }
 # From this compute capability on. Blackwell's consumer GPUs have Ada's matrix instructions.
 INT8: tuple[tuple[Capability, Table], ...] = (
@@ -70,28 +74,28 @@ INT8: tuple[tuple[Capability, Table], ...] = (
 
 # attune_bf16. `tma` holds where the tensors' strides allow it.
 _EXACT_SYNC: Table = {
-    (64, False): Tile(128, 64, 8, 2),
-    (128, False): Tile(128, 32, 8, 2),
-    (256, False): Tile(32, 32, 8, 2),
-    (64, True): Tile(64, 64, 4, 2),
-    (128, True): Tile(32, 64, 4, 2),
-    (256, True): Tile(32, 16, 4, 2),
+    (64, False): (Tile(128, 64, 8, 2),),
+    (128, False): (Tile(128, 32, 8, 2),),
+    (256, False): (Tile(32, 32, 8, 2),),
+    (64, True): (Tile(64, 64, 4, 2),),
+    (128, True): (Tile(32, 64, 4, 2),),
+    (256, True): (Tile(32, 16, 4, 2),),
 }
 _EXACT_HOPPER: Table = {
-    (64, False): Tile(128, 128, 8, 2, tma=True),
-    (128, False): Tile(128, 64, 8, 3, tma=True),
-    (256, False): Tile(128, 32, 8, 2, tma=True),
-    (64, True): Tile(128, 64, 8, 2, tma=True),
-    (128, True): Tile(128, 64, 8, 2, tma=True),
-    (256, True): Tile(64, 32, 4, 2, tma=True),
+    (64, False): (Tile(128, 128, 8, 2, tma=True),),
+    (128, False): (Tile(128, 64, 8, 3, tma=True),),
+    (256, False): (Tile(128, 32, 8, 2, tma=True),),
+    (64, True): (Tile(128, 64, 8, 2, tma=True),),
+    (128, True): (Tile(128, 64, 8, 2, tma=True),),
+    (256, True): (Tile(64, 32, 4, 2, tma=True),),
 }
 _EXACT_BLACKWELL: Table = {
-    (64, False): Tile(128, 64, 8, 2, tma=True),
-    (128, False): Tile(128, 64, 8, 2, tma=True),
-    (256, False): Tile(128, 32, 8, 2, tma=True),
-    (64, True): Tile(128, 64, 8, 2, tma=True),
-    (128, True): Tile(128, 32, 8, 2, tma=True),
-    (256, True): Tile(128, 32, 8, 2, tma=True),
+    (64, False): (Tile(128, 64, 8, 2, tma=True),),
+    (128, False): (Tile(128, 64, 8, 2, tma=True),),
+    (256, False): (Tile(128, 32, 8, 2, tma=True),),
+    (64, True): (Tile(128, 64, 8, 2, tma=True),),
+    (128, True): (Tile(128, 32, 8, 2, tma=True),),
+    (256, True): (Tile(128, 32, 8, 2, tma=True),),
 }
 EXACT: tuple[tuple[Capability, Table], ...] = (
     ((12, 0), _EXACT_SYNC),
@@ -123,16 +127,26 @@ def at_once(width: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def chunk_plan(kv_len: int) -> ChunkPlan:
-    blocks = -(-kv_len // TOKENS)
+    blocks = max(1, -(-kv_len // TOKENS))  # no keys at all are a block of hidden ones
     per_chunk = -(-blocks // CHUNKS)
     return ChunkPlan(blocks * TOKENS, per_chunk * TOKENS, -(-blocks // per_chunk))
+
+
+def candidates_for(
+    tables: tuple[tuple[Capability, Table], ...], capability: Capability | None, dim: int, masked: bool
+) -> tuple[Tile, ...]:
+    """The tiles of INT8 or EXACT worth measuring on a GPU of this compute capability, the shipped one first.
+
+    None is a CPU, with Triton's interpreter.
+    """
+    if capability is None:
+        return (INTERPRETER,)
+    table = next(table for least, table in tables if capability >= least)
+    return table[width_of(dim), masked]
 
 
 def tile_for(
     tables: tuple[tuple[Capability, Table], ...], capability: Capability | None, dim: int, masked: bool
 ) -> Tile:
-    """The tile of INT8 or EXACT for a GPU of this compute capability; None is a CPU, with Triton's interpreter."""
-    if capability is None:
-        return INTERPRETER
-    table = next(table for least, table in tables if capability >= least)
-    return table[width_of(dim), masked]
+    """The tile that is taken where none has been measured: the first of `candidates_for`."""
+    return candidates_for(tables, capability, dim, masked)[0]
