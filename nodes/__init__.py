@@ -11,10 +11,11 @@ from ..attention.listing import kernel_rows
 from ..host.comfyui import default_account, start, switched_off
 from ..host.process import kernels, machine, verdicts
 from ..host.server import add_routes, watch_prompts
-from .aliases import PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
+from .aliases import DeleteModelPassthrough, PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
 from .benchmark import AttentionBenchmark
 from .capture import AttentionCapture
 from .doctor import AttentionDoctor
+from .release import ReleaseModel
 from .report import AttentionReport
 from .rule import AttentionRule
 from .sage3 import Sage3Switch
@@ -32,8 +33,14 @@ OWN: list[type[io.ComfyNode]] = [
     AttentionReport,
     AttentionBenchmark,
     AttentionCapture,
+    ReleaseModel,
 ]
-OTHERS: list[type[io.ComfyNode]] = [Sage3AttentionOnlySwitch, PathchSageAttentionKJ, PatchFlashAttentionKJ]
+OTHERS: list[type[io.ComfyNode]] = [
+    Sage3AttentionOnlySwitch,
+    PathchSageAttentionKJ,
+    PatchFlashAttentionKJ,
+    DeleteModelPassthrough,
+]
 
 
 def _taken() -> set[str]:
@@ -92,6 +99,13 @@ def replacements() -> list[dict[str, Any]]:
             "old_node_id": "PatchFlashAttentionKJ",
             "old_widget_ids": ["allow_compile"],
             "input_mapping": [model, {"new_id": "kernel", "set_value": "flash"}, *fixed],
+            "output_mapping": output,
+        },
+        {
+            "new_node_id": "ReleaseModel",
+            "old_node_id": "DeleteModelPassthrough",
+            "old_widget_ids": [],
+            "input_mapping": [{"new_id": "value", "old_id": "data"}, model],
             "output_mapping": output,
         },
     ]

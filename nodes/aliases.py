@@ -8,6 +8,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention.policy import Rule
+from ..host.release import release
+from ..host.server import say_on_node
 from .sage3 import advice
 from .schema import ALIASES, CATEGORY, DISABLED, Schema, add_rules, kernel_error, model_inputs, model_outputs, widget
 
@@ -92,6 +94,31 @@ class PathchSageAttentionKJ(io.ComfyNode):
             return io.NodeOutput(model)
         name = "sage" if sage_attention == "auto" else ALIASES.get(str(sage_attention), str(sage_attention))
         return add_rules(cls, model, Rule((name,)))
+
+
+class DeleteModelPassthrough(io.ComfyNode):
+    """What ReleaseModel does, with the inputs of ComfyUI_DeleteModelPassthrough."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="DeleteModelPassthrough",
+            display_name="Delete Model Passthrough (use Release Model)",
+            category=CATEGORY,
+            description="Stands in for the node of the same name. Unloads the model; it stays usable.",
+            is_deprecated=True,
+            inputs=[
+                io.AnyType.Input("data", tooltip="Passed through."),
+                io.AnyType.Input("model", tooltip="A model, a CLIP or a VAE: unloaded."),
+            ],
+            outputs=[io.AnyType.Output(display_name="output", tooltip="What came in at 'data'.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, data: object, model: object) -> io.NodeOutput:
+        say_on_node(release(model))
+        return io.NodeOutput(data)
 
 
 class PatchFlashAttentionKJ(io.ComfyNode):

@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from .schema import CATEGORY, Schema, widget
-
-
-def _any(template: Any) -> tuple[Any, dict[str, Any]]:
-    """The type of what is passed through, and its arguments: newer hosts give the output the type of the input."""
-    return (io.MatchType, {"template": template}) if template is not None else (io.AnyType, {})
+from .schema import CATEGORY, Schema, any_type, widget
 
 
 class AttentionReport(io.ComfyNode):
@@ -20,8 +15,7 @@ class AttentionReport(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        template = io.MatchType.Template("value") if hasattr(io, "MatchType") else None
-        kind, matching = _any(template)
+        kind, matching = any_type("value")
         return Schema(
             node_id="AttentionReport",
             display_name="Attention Report",

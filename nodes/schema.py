@@ -47,6 +47,13 @@ def widget(kind: Any, name: str, **options: Any) -> Any:
     return kind.Input(name, **{key: value for key, value in options.items() if key in known})
 
 
+def any_type(name: str) -> tuple[Any, dict[str, Any]]:
+    """The type of what is passed through, and its arguments: newer hosts give the output the type of the input."""
+    if not hasattr(io, "MatchType"):
+        return io.AnyType, {}
+    return io.MatchType, {"template": io.MatchType.Template(name)}
+
+
 def model_inputs() -> Any:
     return io.Model.Input("model", tooltip=MODEL_IN)
 

@@ -18,6 +18,8 @@ from support.workflows import (
     NAMES,
     ONE_STAGE,
     OURS,
+    PATCHES,
+    RELEASE,
     SELECTORS,
     START_IMAGE,
     SWITCHES,
@@ -70,7 +72,8 @@ def test_every_link_has_both_ends(name):
     for number, source, output, target, slot, kind in links.values():
         assert number in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["link"] == number
-        assert kind == nodes[source]["outputs"][output]["type"] == nodes[target]["inputs"][slot]["type"]
+        assert kind == nodes[source]["outputs"][output]["type"]
+        assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
     incoming = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None]
     outgoing = [number for node in nodes.values() for slot in node["outputs"] for number in slot["links"] or []]
     assert sorted(incoming) == sorted(outgoing) == sorted(links)
@@ -105,13 +108,15 @@ def test_the_ids_that_people_know_and_titles_that_name_the_branch(name):
         assert nodes[selector]["type"] == "AttentionSelector" and nodes[switch]["type"] == "Sage3Switch"
         for number in (selector, switch):
             assert nodes[number].get("title", "").startswith(branch)
-    assert sum(node["type"] in OURS for node in nodes.values()) == 2 * len(branches)
+    assert sum(node["type"] in PATCHES for node in nodes.values()) == 2 * len(branches)
+    if name in TWO_STAGES:
+        assert nodes[RELEASE]["type"] == "ReleaseModel" and nodes[RELEASE]["title"].startswith("High noise: ")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_sage3_and_the_options_are_bypassed(name):
     modes = {number: node["mode"] for number, node in nodes_of(read(name)).items() if node["mode"] != 0}
-    expected = {*SWITCHES, *LORAS} if name in TWO_STAGES else {SWITCHES[0], START_IMAGE}
+    expected = {*SWITCHES, *LORAS, RELEASE} if name in TWO_STAGES else {SWITCHES[0], START_IMAGE}
     assert modes == dict.fromkeys(expected, BYPASSED)
 
 

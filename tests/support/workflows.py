@@ -10,9 +10,11 @@ FILES = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = [path.stem for path in FILES]
 TWO_STAGES = ["wan2.2_flf2v_14b", "wan2.2_i2v_14b", "wan2.2_t2v_14b"]
 ONE_STAGE = "wan2.2_ti2v_5b"
-OURS = {"AttentionSelector", "Sage3Switch"}
+PATCHES = {"AttentionSelector", "Sage3Switch"}
+OURS = {*PATCHES, "ReleaseModel"}
 ACTIVE, BYPASSED = 0, 4
 # Node ids: 117 and 118 as in the workflows that people share, where they switch Sage3 on and off.
+RELEASE = 119
 SELECTORS, SWITCHES, LORAS, START_IMAGE, STEPS, SPLIT, CFG = (115, 116), (117, 118), (91, 92), 62, "110", "111", "112"
 TITLE = 30  # pixels that a node's title stands above its position
 
