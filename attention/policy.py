@@ -11,8 +11,9 @@ from typing import Literal
 from .call import AttentionCall, Kind
 
 # Every name that a user can give, in the order in which option lists show them. Shared workflows hold these names:
-# the list only grows at its end, and never depends on the machine.
-KERNEL_NAMES: tuple[str, ...] = (
+# the list only grows at its end, and never depends on the machine. Names of kernels/ that are not here come after these
+# (kernels/__init__.py).
+KERNEL_NAMES: list[str] = [
     "auto",
     "auto_fast",
     "host",
@@ -41,7 +42,7 @@ KERNEL_NAMES: tuple[str, ...] = (
     "sub_quad",
     "basic",
     "attune_bf16",
-)
+]
 
 # A family's name means its members, best first; each still has to be able to run.
 FAMILIES: dict[str, tuple[str, ...]] = {

@@ -40,6 +40,11 @@ KERNELS: tuple[Kernel, ...] = tuple(
 )
 
 
+def _name(kernels: tuple[Kernel, ...]) -> None:
+    """Let users ask for kernels whose names stand nowhere but in their own files."""
+    KERNEL_NAMES.extend(kernel.name for kernel in kernels if kernel.name not in KERNEL_NAMES)
+
+
 def _exported(path: Path, number: int) -> object:
     """`KERNELS` of the file at `path`, imported as a submodule of this package. Raises whatever the file raises."""
     if not path.is_absolute():
@@ -94,3 +99,4 @@ def with_extra(listed: str) -> tuple[Kernel, ...]:
 
 if os.environ.get(EXTRA, "").strip():
     KERNELS = with_extra(os.environ[EXTRA])
+_name(KERNELS)

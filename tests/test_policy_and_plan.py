@@ -133,7 +133,7 @@ def test_names_are_checked_and_the_error_lists_them():
 
 def test_option_lists_only_grow_at_the_end():
     """Shared workflows hold these names and their places; a change here breaks them."""
-    assert KERNEL_NAMES[:27] == (
+    assert tuple(KERNEL_NAMES[:27]) == (
         "auto", "auto_fast", "host", "sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math", "xformers",
         "xformers_cutlass", "flash", "flash2", "flash3", "flash4", "sage", "sage1", "sage2_fp16_triton",
         "sage2_fp16_cuda", "sage2_fp8_cuda", "sage2_fp8_cuda_pp", "sage3", "sage3_per_block_mean", "kitchen_int8",

@@ -1,0 +1,92 @@
+"""What the pack says of its nodes besides their schemas: the pages of the help panel, Chinese names and tooltips."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+
+import pytest
+
+from support.loading import ROOT
+
+DOCS = ROOT / "web" / "docs"
+CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def nodes(server) -> dict[str, dict]:
+    """The pack's nodes as the server tells of them."""
+    everything = server.object_info()
+    ours = everything["AttentionSelector"]["python_module"]
+    found = {name: info for name, info in everything.items() if info["python_module"] == ours}
+    assert "AttentionSelector" in found and "DeleteModelPassthrough" in found
+    return found
+
+
+def inputs_of(info: dict) -> dict[str, list]:
+    return {name: given for kind in ("required", "optional") for name, given in info["input"].get(kind, {}).items()}
+
+
+def test_every_node_has_a_page_that_tells_its_inputs(nodes, server):
+    assert {path.stem for path in DOCS.glob("*.md")} == set(nodes)
+    for name, info in nodes.items():
+        text = (DOCS / f"{name}.md").read_text("utf-8")
+        assert text.startswith("# ") and len(text) > 200, name
+        named = set(re.findall(r"`([a-z_0-9]+)`", text))
+        inputs = set(inputs_of(info)) - {"model"}
+        if {"first", "second", "third", "fourth"} <= inputs:
+            inputs -= {"second", "third"}  # written as `first` … `fourth`
+        assert inputs <= named, (name, inputs - named)
+
+
+def test_comfyui_serves_the_pages(nodes, server):
+    folder = nodes["AttentionSelector"]["python_module"].removeprefix("custom_nodes.")
+    for path in DOCS.glob("*.md"):
+        with urllib.request.urlopen(f"{server.url}/extensions/{folder}/docs/{path.name}", timeout=30) as answer:
+            assert answer.read().decode("utf-8") == path.read_text("utf-8")
+
+
+def test_every_word_of_a_node_is_there_in_chinese(nodes):
+    assert set(CHINESE) == set(nodes)
+    for name, info in nodes.items():
+        told = CHINESE[name]
+        assert set(told) == {"display_name", "description", "inputs", "outputs"}
+        assert set(told["inputs"]) == set(inputs_of(info)), name
+        assert set(told["outputs"]) == {str(number) for number in range(len(info["output_name"]))}, name
+        texts = [told["description"]]
+        for part in (*told["inputs"].values(), *told["outputs"].values()):
+            assert set(part) == {"name", "tooltip"}
+            texts.append(part["tooltip"])
+        assert all(re.search(r"[\u4e00-\u9fff]", text) for text in texts), name
+
+
+def test_numbers_and_values_in_tooltips_are_the_same_in_both_languages(nodes):
+    """What a tooltip says of an option has to follow the schema: its names and numbers are not translated."""
+    for name, info in nodes.items():
+        for key, given in inputs_of(info).items():
+            english = given[1].get("tooltip", "") if len(given) > 1 else ""
+            chinese = CHINESE[name]["inputs"][key]["tooltip"]
+            options = re.findall(r"(?:^|[.:;] )([a-z_]+): ", english)
+            assert all(option in chinese for option in options), (name, key, options)
+            numbers = set(re.findall(r"\d+", english))
+            assert numbers <= set(re.findall(r"\d+", chinese)), (name, key, numbers)
+
+
+def test_comfyui_offers_the_chinese_names(server):
+    offered = server.get("/i18n")["zh"]["nodeDefs"]
+    assert offered["AttentionSelector"] == CHINESE["AttentionSelector"]
+
+
+def test_the_browser_shows_them(page):
+    page.server.post("/settings", {"Comfy.Locale": "zh"})
+    try:
+        page.page.reload()
+        page.page.wait_for_function("() => window.app?.graph && window.app?.extensionManager", timeout=60_000)
+        page.call("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('AttentionSelector')) }")
+        page.page.wait_for_timeout(500)
+        assert page.call("() => app.graph.nodes[0].title") == CHINESE["AttentionSelector"]["display_name"]
+        labels = page.call("() => app.graph.nodes[0].widgets.map(widget => widget.label)")
+        assert CHINESE["AttentionSelector"]["inputs"]["kernel"]["name"] in labels
+    finally:
+        page.server.post("/settings", {"Comfy.Locale": "en"})
