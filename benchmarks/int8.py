@@ -1,12 +1,17 @@
-"""How fast attune_int8 and attune_bf16 are beside the other kernels on this machine. Needs an NVIDIA GPU.
+"""How fast attune_int8 and attune_bf16 are beside the other kernels on this machine, and which aims they reach.
 
     python benchmarks/int8.py [--rounds 5] [--seconds 1] [--shapes wan-32760 ...] [--tiles] [--json FILE]
+    python benchmarks/int8.py --dry        # every step on a CPU, with small shapes in Triton's interpreter
 
-Every kernel that can run a shape is timed in each round, one after the other, so that what the GPU does meanwhile
-(heat, clocks) hits all of them; a figure is the median of the rounds' medians. Quantisation is part of a call. TOPS
-counts 4·B·H·N·M·D operations. Also told: how long the first call took (compiling), what a call costs the CPU, and the
-aims of the project beside what was found. With --tiles, attune_int8 is timed with other tiles than the shipped one:
-write what is better into kernels/int8/tiles.py, and what you saw into int8-log.md.
+Needs an NVIDIA GPU, but for --dry, which shows that this program runs; its times say nothing. Every kernel that can
+run a shape is timed in each round, one after the other, so that what the GPU does meanwhile (heat, clocks) hits all of
+them; a figure is the median of the rounds' medians. Quantisation is part of a call. TOPS counts 4·B·H·N·M·D operations.
+Also found: what a call costs the CPU, how many launches it is, what it allocates, whether it waits for the GPU, and how
+long the first use takes in a process and a cache of its own. The aims of the project are judged in the end; what was
+not measured is said to be that. How exact the kernels are: int8_errors.py --device cuda.
+
+With --tiles, attune_int8 is timed with other tiles than the shipped one: write what is better into
+kernels/int8/tiles.py, and what you saw into int8-log.md.
 """
 
 from __future__ import annotations
@@ -16,17 +21,21 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = ("attune_int8", "attune_bf16")
 # Batch, heads, queries, keys, head dimension: Wan 2.2 14B (480p, 720p, 81 frames), Flux, SDXL (docs/benchmarks.md).
 SHAPES = {
     "wan-75600": (1, 40, 75_600, 75_600, 128),
@@ -35,41 +44,56 @@ SHAPES = {
     "flux-4608": (1, 24, 4608, 4608, 128),
     "sdxl-4096": (2, 10, 4096, 4096, 64),
 }
-# On an H200: the least, the goal, and what would be better still.
+DRY_SHAPES = {name: (batch, 1, -(-n // 500), -(-m // 500), dim) for name, (batch, _, n, m, dim) in SHAPES.items()}
+SELF = ("wan-32760", "wan-75600")
+# On an H200: what is the least, the goal, and what would be better still.
 TOPS = (880, 1050, 1200)
-AIMS = {  # times as fast as
-    "best sdpa": (1.35, 1.6, 1.85),
-    "kitchen_int8": (1.4, 1.6, 2.0),
+TIMES_AS_FAST = {
+    "the best SDPA back end": (1.35, 1.6, 1.85),
+    "kitchen_int8": (1.4, 1.6, 2.0),  # 0.2.40 or newer: the kernel's own rule
     "sage1": (1.6, 1.9, 2.2),
 }
+SAGE = "1.0.6"
+DRY = "no GPU, a dry run"
+REACHED = ("met", "goal met", "stretch met")
 TILES = [
     {"bm": bm, "bn": bn, "warps": warps, "stages": stages, "tma": tma}
     for (bm, warps), bn, stages, tma in itertools.product(((128, 8), (64, 4)), (64, 128), (2, 3, 4), (False, True))
 ]
+Row = Mapping[str, Any]
+# (name, run, does it take (B, tokens, H, D)?, what else is known of it)
+Contender = tuple[str, Callable[..., torch.Tensor], bool, dict[str, Any]]
 
 
-def load_pack() -> None:
-    """Import this checkout as `comfyui_attune` without putting it on `sys.path`."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
+def load(name: str, path: Path, **options: Any) -> Any:
+    """A module from its file, without its folder on `sys.path`."""
+    spec = importlib.util.spec_from_file_location(name, path, **options)
     assert spec and spec.loader
-    sys.modules["comfyui_attune"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["comfyui_attune"])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
-def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v as (B, H, tokens, D) that lie in memory as (B, tokens, H, D), as in most models."""
+def load_pack(dry: bool) -> None:
+    """Import this checkout as `comfyui_attune`."""
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read while Triton is imported
+        load("attune_interpreter", ROOT / "tests" / "support" / "interpreter.py")._mend()
+    load("comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+
+
+def tensors(shape: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
+    """q, k, v as (B, H, tokens, D) that lie in memory as (B, tokens, H, D), as in most models, in bfloat16."""
     batch, heads, q_len, kv_len, dim = shape
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     return [
-        torch.randn(batch, length, heads, dim, dtype=dtype, device="cuda", generator=generator).transpose(1, 2)
+        torch.randn(batch, length, heads, dim, device=device, generator=generator).bfloat16().transpose(1, 2)
         for length in (q_len, kv_len, kv_len)
     ]
 
 
-def contenders(shape: tuple[int, ...], with_tiles: bool) -> Iterator[tuple[str, Callable[..., torch.Tensor], bool]]:
-    """(name, run, does it take (B, tokens, H, D)?) of every kernel that says it can run this shape in bfloat16."""
+def contenders(shape: tuple[int, ...], dry: bool, with_tiles: bool, left_out: dict[str, str]) -> Iterator[Contender]:
+    """Every kernel that says it can run this shape in bfloat16; why others do not goes into `left_out`."""
     from comfyui_attune.attention.call import AttentionCall, Layout
     from comfyui_attune.attention.kernel import reasons_against
     from comfyui_attune.attention.machine import read_machine
@@ -77,60 +101,102 @@ def contenders(shape: tuple[int, ...], with_tiles: bool) -> Iterator[tuple[str, 
 
     machine = read_machine()
     batch, heads, q_len, kv_len, dim = shape
-    call = AttentionCall(batch, heads, heads, q_len, kv_len, dim, dim, torch.bfloat16, machine.main_device.name)
+    device = "cpu" if dry else machine.main_device.name
+    call = AttentionCall(batch, heads, heads, q_len, kv_len, dim, dim, torch.bfloat16, device)
     for kernel in KERNELS:
-        reasons = reasons_against(kernel, call, machine)
+        reasons = () if dry and kernel.name in OURS else reasons_against(kernel, call, machine)
         if reasons or kernel.name in ("sdpa_math", "split"):
-            print(f"  {kernel.name}: left out: {'; '.join(reasons) or 'slow by design'}")
+            left_out[kernel.name] = "; ".join(reasons) or "slow by design"
             continue
         try:
-            yield kernel.name, kernel.load(), kernel.layout is Layout.BNHD
+            run = kernel.load()
         except Exception as error:
-            print(f"  {kernel.name}: cannot be loaded: {type(error).__name__}: {error}")
+            left_out[kernel.name] = f"cannot be loaded: {type(error).__name__}: {error}"
+            continue
+        about = {"exact": kernel.exact, "version": machine.packages.get(kernel.package, "")}
+        yield kernel.name, run, kernel.layout is Layout.BNHD, about
     if with_tiles:
         from comfyui_attune.kernels.int8.launch import int8_attention
         from comfyui_attune.kernels.int8.tiles import INT8, tile_for
 
-        shipped = tile_for(INT8, torch.cuda.get_device_capability(), dim, False)
-        for changes in TILES:
+        shipped = tile_for(INT8, None if dry else torch.cuda.get_device_capability(), dim, False)
+        for changes in TILES[:1] if dry else TILES:
             tile = dataclasses.replace(shipped, **changes)
             way = "TMA" if tile.tma else "pointers"
             name = f"int8 {tile.bm}x{tile.bn}, {tile.warps} warps, {tile.stages} stages, {way}"
-            yield name, lambda *qkv, tile=tile: int8_attention(*qkv, tile=tile), True
+            yield name, lambda *qkv, tile=tile: int8_attention(*qkv, tile=tile), True, {"exact": False, "version": ""}
 
 
 def cpu_cost(call: Callable[[], Any]) -> float:
-    """Microseconds that the host is busy with a call, as long as nothing makes it wait for the GPU."""
-    torch.cuda.synchronize()
+    """Microseconds that the host is busy with a call that finds the GPU idle: the median."""
     costs = []
-    for _ in range(20):
+    for _ in range(50):
+        torch.cuda.synchronize()
         began = time.perf_counter()
         call()
         costs.append((time.perf_counter() - began) * 1e6)
-        torch.cuda.synchronize()
     return statistics.median(costs)
 
 
-def run_shape(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per kernel that ran: name, milliseconds, TOPS, microseconds of CPU, seconds of the first call."""
-    from comfyui_attune.measure.timing import Effort, measure
+def waits(call: Callable[[], Any]) -> bool:
+    """Does the call make the host wait for the GPU?"""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
-    shape = SHAPES[name]
-    qkv = tensors(shape, torch.bfloat16)
-    device, effort = torch.device("cuda"), Effort(budget=options.seconds)
+
+def launches(call: Callable[[], Any]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type is torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def extra_memory(call: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the call's peak beyond its inputs and its output."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    return torch.cuda.max_memory_allocated() - before - out.untyped_storage().nbytes()
+
+
+def quantised_bytes(shape: tuple[int, ...], value_bytes: int) -> int:
+    """K in int8 with a scale per token, and V with so many bytes a number."""
+    batch, heads, _, kv_len, dim = shape
+    return batch * heads * kv_len * (dim + 4 + dim * value_bytes)
+
+
+def run_shape(name: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row per kernel that ran, the fastest first, and why others did not."""
+    from comfyui_attune.measure.timing import Effort, measure, waiter
+
+    shape = (DRY_SHAPES if options.dry else SHAPES)[name]
+    device = torch.device("cpu" if options.dry else "cuda")
+    effort = Effort(warm=0, least=1, most=1, budget=0.0) if options.dry else Effort(budget=options.seconds)
+    qkv, wait = tensors(shape, device), waiter(device)
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for kernel, run, swap in contenders(shape, options.tiles):
+    left_out: dict[str, str] = {}
+    for kernel, run, swap, about in contenders(shape, options.dry, options.tiles, left_out):
         given = [t.transpose(1, 2) for t in qkv] if swap else qkv
         call = lambda run=run, given=given: run(*given)  # noqa: E731
         began = time.perf_counter()
         try:
             call()
-            torch.cuda.synchronize()
+            wait()
         except Exception as error:  # a tile that does not fit, for one
-            print(f"  {kernel}: failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            left_out[kernel] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
             continue
-        rows[kernel] = {"kernel": kernel, "shape": name, "first_call_s": time.perf_counter() - began}
+        rows[kernel] = {"kernel": kernel, "shape": name, **about, "first_call_s": time.perf_counter() - began}
         calls[kernel] = call
     times: dict[str, list[float]] = {kernel: [] for kernel in calls}
     for _ in range(options.rounds):
@@ -141,24 +207,123 @@ def run_shape(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         seconds = statistics.median(times[kernel])
         row["ms"], row["rounds_ms"] = seconds * 1e3, [each * 1e3 for each in times[kernel]]
         row["tops"] = 4 * batch * heads * q_len * kv_len * dim / seconds / 1e12
-        row["cpu_us"] = cpu_cost(calls[kernel])
-    return sorted(rows.values(), key=lambda row: row["ms"])
+        if options.dry:
+            continue
+        call = calls[kernel]
+        row["cpu_us"] = cpu_cost(call)
+        if kernel in OURS:
+            value_bytes = 1 if torch.cuda.get_device_capability() >= (8, 9) else 2
+            allowed = quantised_bytes(shape, value_bytes) if kernel == "attune_int8" else 0
+            row |= {"launches": launches(call), "waits": waits(call), "extra": extra_memory(call), "allowed": allowed}
+    return sorted(rows.values(), key=lambda row: row["ms"]), left_out
 
 
-def aims(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What the project asks of attune_int8 on an H200, beside what these rows say."""
-    ms = {row["kernel"]: row["ms"] for row in rows}
-    ours = ms.get("attune_int8")
-    if ours is None:
-        return
-    tops = next(row["tops"] for row in rows if row["kernel"] == "attune_int8")
-    yield f"  attune_int8: {tops:.0f} TOPS (least {TOPS[0]}, goal {TOPS[1]}, stretch {TOPS[2]}, on an H200)"
-    ms["best sdpa"] = min((ms[name] for name in ms if name.startswith("sdpa")), default=0.0)
-    for other, (least, goal, stretch) in AIMS.items():
-        if ms.get(other):
-            found = ms[other] / ours
-            verdict = "missed" if found < least else "met" if found < goal else "goal met"
-            yield f"  {found:.2f} times as fast as {other} (least {least}, goal {goal}, stretch {stretch}): {verdict}"
+def first_use(kernel: str, dry: bool) -> float:
+    """Seconds from loading a kernel to its first result, in a process that has an empty cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = [sys.executable, __file__, "--first-use", kernel, *(["--dry"] if dry else [])]
+        environment = {**os.environ, "TRITON_CACHE_DIR": folder}
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise RuntimeError(f"the first use of {kernel} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return float(done.stdout.split()[-1])
+
+
+def use_first(kernel: str, dry: bool) -> None:
+    """What the child of `first_use` does."""
+    from comfyui_attune.kernels import KERNELS
+
+    device = "cpu" if dry else "cuda"
+    qkv = [torch.randn(1, 512 >> 3 * dry, 4, 128, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    if not dry:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    out = next(each for each in KERNELS if each.name == kernel).load()(*qkv)
+    finite = bool(torch.isfinite(out).all())  # which waits for it
+    print(f"first use of {kernel}, finite: {finite}, seconds: {time.perf_counter() - began:.2f}")
+
+
+def judge(found: float, steps: Sequence[float], most: bool = False) -> str:
+    """steps: what is the least (with `most`, the most) to be met, and better ones behind it."""
+    reached = sum(found <= step if most else found >= step for step in steps)
+    return REACHED[reached - 1] if reached else "missed"
+
+
+def verdicts(
+    rows: Sequence[Row], left_out: Mapping[str, Mapping[str, str]], first: Mapping[str, float | str], gpu: str
+) -> Iterator[dict[str, Any]]:
+    """Each aim beside what was found: {aim, shape, wanted, found, verdict}.
+
+    left_out: shape → kernel → why it was not timed. first: kernel → seconds of its first use, or why there are none.
+    A figure that is missing is never met. Speeds are judged on an H200 alone, as that is what they are asked of, and
+    nothing is in a dry run.
+    """
+    by = {(row["shape"], row["kernel"]): row for row in rows}
+    timed = "" if "H200" in gpu else f"no verdict: the aim is an H200's, this is {gpu}"
+    dry = "no verdict: a dry run" if gpu == DRY else ""
+
+    def one(aim: str, shape: str, found: float | str, steps: Sequence[float], most: bool = False, no: str = "") -> Any:
+        verdict = f"not measured: {found}" if isinstance(found, str) else dry or no or judge(found, steps, most)
+        figure = None if isinstance(found, str) else found
+        return {"aim": aim, "shape": shape, "wanted": list(steps), "found": figure, "verdict": verdict}
+
+    def why(shape: str, kernel: str) -> str:
+        return f"{kernel}: {left_out[shape].get(kernel, 'not timed')}" if shape in left_out else f"{shape} not run"
+
+    def figure(shape: str, kernel: str, name: str) -> float | str:
+        row = by.get((shape, kernel))
+        return why(shape, kernel) if row is None else row.get(name, f"{kernel}: no figure")
+
+    def ratio(shape: str, ours: str, others: Sequence[str], title: str) -> float | str:
+        mine = figure(shape, ours, "ms")
+        theirs = [by[shape, other]["ms"] for other in others if (shape, other) in by]
+        if isinstance(mine, str) or not theirs:
+            return mine if isinstance(mine, str) else why(shape, others[0]) if others else f"no {title} was timed"
+        return min(theirs) / mine
+
+    sdpa = ("sdpa", *sorted({row["kernel"] for row in rows if row["kernel"].startswith("sdpa_")}))
+    exact = sorted({row["kernel"] for row in rows if row["exact"]} - {"attune_bf16"})
+    for shape in SELF:
+        yield one("attune_int8: TOPS", shape, figure(shape, "attune_int8", "tops"), TOPS, no=timed)
+        for other, steps in TIMES_AS_FAST.items():
+            names, no = (sdpa if other not in ("kitchen_int8", "sage1") else (other,)), timed
+            version = by.get((shape, other), {}).get("version", "")
+            if other == "sage1" and version != SAGE:
+                no = no or f"no verdict: the aim is against sageattention {SAGE}, this is {version or 'unknown'}"
+            found = ratio(shape, "attune_int8", names, other)
+            yield one(f"attune_int8: times as fast as {other}", shape, found, steps, no=no)
+        found = ratio(shape, "attune_bf16", exact, "exact kernel")
+        yield one("attune_bf16: times as fast as the best exact kernel", shape, found, (0.9,), no=timed)
+        found, allowed = figure(shape, "attune_int8", "extra"), figure(shape, "attune_int8", "allowed")
+        if not isinstance(found, str) and not isinstance(allowed, str):
+            found /= allowed
+        # Padding and numbers per channel are below one part in a hundred.
+        yield one("attune_int8: memory beyond that of K and V in 8 bits (e4m3)", shape, found, (1.01,), most=True)
+    for shape, least in (("wan-cross", 1.0), ("sdxl-4096", 1.1)):
+        verdict = one(
+            "attune_int8: times as fast as the best SDPA back end, or auto sends it there",
+            shape, ratio(shape, "attune_int8", sdpa, "SDPA back end"), (least,), no=timed,
+        )  # fmt: skip
+        if verdict["verdict"] == "missed":
+            verdict["verdict"] += ": auto has to send it to SDPA; look at what it measures"
+        yield verdict
+    for kernel, most in (("attune_int8", 3), ("attune_bf16", 1)):
+        for name, title, steps in (
+            ("launches", "launches a call", (most,)),
+            ("cpu_us", "microseconds of the CPU a call", (30,)),
+            ("waits", "does a call wait for the GPU", (0,)),
+        ):
+            shapes = [row["shape"] for row in rows if row["kernel"] == kernel and name in row]
+            worst = max(by[shape, kernel][name] for shape in shapes) if shapes else figure(SELF[0], kernel, name)
+            yield one(f"{kernel}: {title}", "the worst", worst, steps, most=True)
+        seconds = first.get(kernel, "not tried")
+        yield one(f"{kernel}: seconds of the first use", "any", seconds, (20,), most=True)
+
+
+def told(verdict: Row) -> str:
+    found = "" if verdict["found"] is None else f"{float(verdict['found']):.4g}, "
+    wanted = " / ".join(f"{step:g}" for step in verdict["wanted"])
+    return f"  {verdict['aim']} ({verdict['shape']}; wanted {wanted}): {found}{verdict['verdict']}"
 
 
 def main() -> int:
@@ -167,31 +332,47 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each kernel in each round")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--tiles", action="store_true", help="also time attune_int8 with other tiles")
+    parser.add_argument("--dry", action="store_true", help="small shapes on a CPU: does this program run?")
+    parser.add_argument("--first-use", choices=OURS, metavar="KERNEL", help="only tell how long the first call takes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    if not options.dry and (not torch.cuda.is_available() or torch.version.hip is not None):
         print("Needs an NVIDIA GPU, and torch sees none. Nothing was measured.", file=sys.stderr)
         return 1
-    load_pack()
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    machine = {"gpu": torch.cuda.get_device_name(), "capability": capability, "torch": torch.__version__}
-    machine |= {"cuda": torch.version.cuda, "python": platform.python_version()}
+    load_pack(options.dry)
+    if options.first_use:
+        use_first(options.first_use, options.dry)
+        return 0
+    machine = {"gpu": DRY, "torch": torch.__version__, "python": platform.python_version()}
+    if not options.dry:
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        machine |= {"gpu": torch.cuda.get_device_name(), "capability": capability, "cuda": torch.version.cuda}
     print(machine)
-    found = []
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, dict[str, str]] = {}
     for name in options.shapes:
-        print(name, "batch {}, {} heads, {} queries, {} keys, head dimension {}".format(*SHAPES[name]))
-        rows = run_shape(name, options)
-        for row in rows:
-            print(
-                f"  {row['kernel']:40} {row['ms']:9.3f} ms {row['tops']:7.0f} TOPS, CPU {row['cpu_us']:5.0f} µs, "
-                f"first call {row['first_call_s']:5.1f} s"
-            )
-        if name.startswith("wan-") and name != "wan-cross":
-            print(*aims(rows), sep="\n")
-        found += rows
+        sizes = (DRY_SHAPES if options.dry else SHAPES)[name]
+        print(name, "batch {}, {} heads, {} queries, {} keys, head dimension {}".format(*sizes))
+        found, left_out[name] = run_shape(name, options)
+        for row in found:
+            cpu = f"CPU {row['cpu_us']:5.0f} µs, " if "cpu_us" in row else ""
+            print(f"  {row['kernel']:40} {row['ms']:9.3f} ms {row['tops']:7.4g} TOPS, {cpu}", end="")
+            print(f"first call {row['first_call_s']:5.1f} s")
+        for kernel, reason in left_out[name].items():
+            if name == options.shapes[0] or reason != left_out[options.shapes[0]].get(kernel):  # each reason once
+                print(f"  {kernel}: left out: {reason}")
+        rows += found
+    first: dict[str, float | str] = {}
+    for kernel in OURS:
+        try:
+            first[kernel] = first_use(kernel, options.dry)
+        except RuntimeError as error:
+            first[kernel] = str(error)
+    judged = list(verdicts(rows, left_out, first, machine["gpu"]))
+    print("Aims:", *map(told, judged), sep="\n")
     if options.json:
-        text = json.dumps({"kind": "attune int8", "machine": machine, "rows": found}, indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8", newline="\n")
+        found = {"kind": "attune int8", "machine": machine, "rows": rows, "left_out": left_out, "verdicts": judged}
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8", newline="\n")
     return 0
 
 

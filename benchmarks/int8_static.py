@@ -2,8 +2,9 @@
 
     python benchmarks/int8_static.py [--target sm_90 ...] [--case attend-128 ...] [--assembly FOLDER] [--write]
 
-Compiled are the tiles that the pack ships, in bfloat16. Prints a line per kernel; with --write the reports are written
-(all cases of a target, so without --case). What the fields mean is said in triton_static.py.
+Compiled is every tile that the pack ships, in bfloat16. Prints a line per kernel and tile; with --write the reports are
+written (all cases of a target, so without --case). What the fields mean is said in triton_static.py. A case is reported
+with the tile that is taken unmeasured; `others` are those that are measured beside it, without their mix.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "benchmarks" / "static"
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-# Kernel and width; "-mask": a bool mask over queries and keys.
-CASES = (
-    *("attend-64", "attend-128", "attend-256", "attend-128-mask", "quantise-128", "statistics-128"),
-    *("exact-64", "exact-128", "exact-128-mask"),
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+# Kernel and width; "mask": a bool mask over queries and keys, and with "float" one of numbers.
+SHIPPED = tuple(
+    f"{kind}-{width}{mask}" for kind in ("attend", "exact") for width in (64, 128, 256) for mask in ("", "-mask")
 )
+# "padded": fewer channels than the width; "fp32": inputs in float32; "pointers": where strides suit no descriptor.
+VARIANTS = (
+    *(f"{kind}-{width}" for kind in ("quantise", "statistics") for width in (64, 128, 256)),
+    *("attend-128-mask-float", "attend-128-padded", "attend-128-fp32", "quantise-128-fp32", "exact-128-pointers"),
+)
+CASES = SHIPPED + VARIANTS
 
 
 def load(name: str, path: Path, **options: Any) -> Any:
@@ -41,27 +47,39 @@ def load_all() -> Any:
     return load("attune_triton_static", ROOT / "benchmarks" / "triton_static.py")
 
 
-def make_case(name: str, target: str) -> Any:
-    """The Case `name` of CASES with the tile that the pack has for `target`."""
+def candidates(name: str, target: str) -> tuple[Any, ...]:
+    """The tiles that the pack has for a case on `target`, the one that is taken unmeasured first."""
+    load_all()
+    from comfyui_attune.kernels.int8 import tiles
+
+    kind, width, *rest = name.split("-")
+    capability = divmod(int(target.removeprefix("sm_")), 10)
+    return tiles.candidates_for(tiles.EXACT if kind == "exact" else tiles.INT8, capability, int(width), "mask" in rest)
+
+
+def make_case(name: str, target: str, tile: Any = None) -> Any:
+    """The Case `name` of CASES with this tile; None is the first that the pack has for `target`."""
     static = load_all()
     from comfyui_attune.kernels.int8 import exact, forward, quantise, tiles
 
+    tile = tile or candidates(name, target)[0]
     kind, width_text, *rest = name.split("-")
-    width, masked = int(width_text), bool(rest)
-    capability = divmod(int(target.removeprefix("sm_")), 10)
-    tile = tiles.tile_for(tiles.EXACT if kind == "exact" else tiles.INT8, capability, width, masked)
-    values = "fp8e4nv" if tile.fp8 else "fp16"
-    types = {name: "*bf16" for name in ("Q", "K", "V", "Out")} | {"K8": "*i8", "V8": f"*{values}", "Mask": "*i1"}
+    width = int(width_text)
+    mask = ("float" if "float" in rest else "bool") if "mask" in rest else ""
+    inputs, values = "fp32" if "fp32" in rest else "bf16", "fp8e4nv" if tile.fp8 else "fp16"
+    types = {name: f"*{inputs}" for name in ("Q", "K", "V", "Out")}
+    types |= {"K8": "*i8", "V8": f"*{values}", "Mask": f"*{inputs}" if mask == "float" else "*i1"}
     types |= dict.fromkeys(("KScale", "Numbers"), "*fp32")
     types |= dict.fromkeys(("scale", "half_largest"), "fp32")
     constants: dict[str, Any] = {"D": width, "EMULATE": False}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if kind in ("attend", "exact"):
         kernel = exact.attend_exact if kind == "exact" else forward.attend
-        constants |= {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages, "TMA": tile.tma}
-        constants |= {"MASK": "bool" if masked else "", "BY_QUERY": masked}
-        constants |= {"PADDED": False, "WIDE": False, "ROTATE": tile.rotate, "FP8": tile.fp8}
-        if tile.tma:
+        tma = tile.tma and "pointers" not in rest
+        constants |= {"BM": tile.bm, "BN": tile.bn, "STAGES": tile.stages, "TMA": tma}
+        constants |= {"MASK": mask, "BY_QUERY": bool(mask), "PADDED": "padded" in rest, "WIDE": False}
+        constants |= {"ROTATE": tile.rotate, "FP8": tile.fp8}
+        if tma:
             block = f"{width},{tile.bn}" if tile.fp8 else f"{tile.bn},{width}"
             types |= {"K8": f"tensordesc<i8[{tile.bn},{width}]>", "V8": f"tensordesc<{values}[{block}]>"}
             if kind == "exact":
@@ -74,32 +92,45 @@ def make_case(name: str, target: str) -> Any:
     constants = {name: value for name, value in constants.items() if name in names}
     # A model's tensors: channels side by side, and everything else at multiples of 16.
     constants |= {name: 1 for name in names if name.endswith("_sd")}
-    if masked:
+    if mask:
         constants["m_sm"] = 1
     types = {name: types.get(name, "i32") for name in names if name not in constants}
     divisible = tuple(
-        name for name, kind in types.items() if kind.startswith("*") or name == "kv_pad" or name[1:3] == "_s"
+        name
+        for name, kind in types.items()
+        if kind.startswith("*") or name in ("kv_pad", "dim", "chunk") or name[1:3] == "_s"
     )
     return static.Case(name, kernel, types, constants, divisible, options)
 
 
-def report(name: str, target: str, assembly: Path | None = None) -> dict[str, Any]:
+def report(name: str, target: str, tile: Any = None, assembly: Path | None = None) -> dict[str, Any]:
     """The report of one case, with its tile."""
-    case = make_case(name, target)
+    case = make_case(name, target, tile)
     sizes = {key: case.constants[key] for key in ("BM", "BN", "BT", "STAGES", "TMA", "FP8") if key in case.constants}
     return {"tile": sizes, **load_all().measure(case, target, assembly)}
 
 
+def reports(name: str, target: str, assembly: Path | None = None) -> dict[str, Any]:
+    """`report` with the first tile, and those of the others under `others`."""
+    found = report(name, target, assembly=assembly)
+    if name in SHIPPED:
+        found["others"] = [report(name, target, tile) for tile in candidates(name, target)[1:]]
+        for other in found["others"]:
+            del other["loop"]["mix"], other["matrix"]
+    return found
+
+
 def line(name: str, target: str, found: dict[str, Any]) -> str:
     loop, tile = found["loop"], found["tile"]
-    text = f"{target:6} {name:16} registers {found['registers']:3}, stack {found['stack']:3} B, "
-    text += f"shared {found['shared']:6} B"
+    text = f"{target:6} {name:21} registers {found['registers']:3}, stack {found['stack']:3} B, "
+    text += f"shared {found['shared']:6} B, narrow {found['narrow']}"
     if "BM" not in tile:
         return text
     each = loop["instructions"] * 32 * found["warps"] / (tile["BM"] * tile["BN"])
     return (
-        f"{text}; loop {tile['BM']}x{tile['BN']}: {loop['instructions']} instructions, {each:.1f} per score, "
-        f"{loop['spills']} spills, {loop['overlapped']} exponentials overlapped: {loop['order'][:60]}"
+        f"{text}; loop {tile['BM']}x{tile['BN']}, {found['warps']} warps, {tile['STAGES']} stages: "
+        f"{loop['instructions']} instructions, {each:.1f} per score, {loop['spills']} spills, "
+        f"{loop['overlapped']} exponentials overlapped, {loop['fresh']} of {loop['e4m3']} fresh: {loop['order'][:60]}"
     )
 
 
@@ -117,8 +148,9 @@ def main() -> None:
     for target in options.target:
         found = {}
         for name in options.case:
-            found[name] = report(name, target, options.assembly)
-            print(line(name, target, found[name]), flush=True)
+            found[name] = reports(name, target, options.assembly)
+            for each in (found[name], *found[name].get("others", ())):
+                print(line(name, target, each), flush=True)
         if options.write:
             REPORTS.mkdir(exist_ok=True)
             text = json.dumps({"triton": triton.__version__, "kernels": found}, indent=1)

@@ -18,6 +18,10 @@ from typing import Any
 MATRIX = re.compile(r"\b((?:[HIQ]G?|UTC[HIQ]?)MMA)\b")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 BRANCH = re.compile(r"BRA.*?`\((\.L_x_\d+)\)")
+# Products of e4m3, and those that start from zero: Ada's and consumer Blackwell's, Hopper's, Blackwell's.
+E4M3 = re.compile(r"\bQG?MMA\.\S*E4M3|\bUTCQMMA\b")
+FRESH = re.compile(r"\bQG?MMA\.\S*E4M3.*, RZ\b|\bUTCQMMA\b.*, !UPT\b")
+NARROW = re.compile(r"\b(?:LDG|STG|LDGSTS)\.\S*\b[US](?:8|16)\b")
 OPCODE = re.compile(r"\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z0-9_]+)((?:\.[A-Z0-9_]+)*)")
 IN_PTX = re.compile(r"(wgmma\.mma_async\.[\w.]+|mma\.sync\.[\w.]+|tcgen05\.mma\.[\w.:]+)")
 # Of these the first suffixes say what is done.
@@ -95,6 +99,8 @@ def describe_loop(body: list[str]) -> dict[str, Any]:
         "instructions": mix.total(),
         "spills": mix["LDL"] + mix["STL"],
         "overlapped": overlapped(order),
+        "e4m3": sum(bool(E4M3.search(line)) for line in body),
+        "fresh": sum(bool(FRESH.search(line)) for line in body),
         "order": " ".join(f"{kind}{count}" if count > 1 else kind for kind, count in runs),
         "mix": dict(sorted(mix.items(), key=lambda entry: (-entry[1], entry[0]))),
     }
@@ -115,8 +121,10 @@ def measure(case: Case, target: str, keep: Path | None = None) -> dict[str, Any]
     """What the compiler made of a case.
 
     registers, stack (bytes) per thread; shared (bytes), warps per program; matrix: the instructions that PTX names;
-    loop: instructions, spills (local loads and stores), order of matrix instructions (M), exponentials (E) and waits
-    (W), overlapped (see above), mix. With `keep`, PTX, TTGIR and SASS are left in that folder.
+    narrow: instructions that read or write less than 4 bytes of global memory per thread; loop: instructions, spills
+    (local loads and stores), order of matrix instructions (M), exponentials (E) and waits (W), overlapped (see above),
+    e4m3: products of that type, fresh: those of them that start from zero, mix. With `keep`, PTX, TTGIR and SASS are
+    left in that folder.
     """
     compiled = compile_case(case, target)
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,6 +145,7 @@ def measure(case: Case, target: str, keep: Path | None = None) -> dict[str, Any]
         "stack": int(found[2]),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "narrow": sum(bool(NARROW.search(line)) for line in assembly.splitlines()),
         "matrix": sorted(set(IN_PTX.findall(compiled.asm["ptx"]))),
         "loop": describe_loop(main_loop(assembly.splitlines())),
     }

@@ -46,7 +46,19 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_whole_pack_and_nothing_else(wheel):
     packed = {path.relative_to(wheel / "comfyui_attune").as_posix() for path in (wheel / "comfyui_attune").rglob("*")}
-    folders = ["attention", "kernels", "host", "pipelines", "nodes", "doctor", "measure", "web", "workflows"]
+    folders = [
+        "attention",
+        "kernels",
+        "host",
+        "pipelines",
+        "nodes",
+        "doctor",
+        "measure",
+        "graphs",
+        "locales",
+        "web",
+        "workflows",
+    ]
     kinds = {".py", ".js", ".css", ".json", ".typed"}
     wanted = {
         path.relative_to(ROOT).as_posix()

@@ -74,7 +74,8 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> tuple[Case, dict[
         kind=draw(st.sampled_from(("normal", "structured", "bias_k", "bias_v", "spike_k"))),
     )
     tile = {"bm": draw(st.sampled_from((32, 64, 128))), "bn": draw(st.sampled_from((32, 64, 128)))}
-    return case, {**tile, "fp8": draw(st.booleans()), "rotate": draw(st.sampled_from((True, True, False)))}
+    tile |= {"fp8": draw(st.booleans()), "tma": draw(st.booleans())}
+    return case, {**tile, "rotate": draw(st.sampled_from((True, True, False)))}
 
 
 # An example is a call of a child process, whose time says nothing.
@@ -119,6 +120,7 @@ def test_bf16_is_right_whatever_the_call(attend, drawn) -> None:
     "case",
     [
         Case(n=1, m=1, d=64, heads=1, kv_heads=1),
+        Case(n=9, m=2, d=64, heads=2, kv_heads=1, kind="normal"),  # of few keys one too many weighs
         Case(n=65, m=129, d=128, heads=2, kv_heads=1, batch=1),
         Case(n=130, m=128, d=96, heads=2, kv_heads=2, batch=1, dtype=BF16),
         Case(n=5, m=300, d=256, heads=1, kv_heads=1, batch=1),
@@ -134,9 +136,31 @@ def test_calls_that_must_never_be_missed(attend, kernel: str, case: Case) -> Non
 
 
 @pytest.mark.parametrize("kernel", OURS)
-def test_the_same_input_gives_the_same_bits(attend, kernel: str) -> None:
-    q, k, v = inputs(1, 2, 70, 64, dtype=F16)
-    assert torch.equal(attend(kernel, q, k, v), attend(kernel, q, k, v))
+def test_the_same_input_gives_the_same_bits_in_whatever_order_programs_run(attend, kernel: str) -> None:
+    q, k, v = inputs(1, 2, 300, 64, dtype=F16)
+    assert torch.equal(attend(kernel, q, k, v), attend(kernel, q, k, v, backwards=True))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "memory", "fits"),
+    [
+        ("attune_int8", "odd", True),  # its descriptors are of its own buffers
+        ("attune_bf16", "host", True),
+        ("attune_bf16", "contiguous", True),
+        ("attune_bf16", "columns", False),
+        ("attune_bf16", "odd", False),
+    ],
+)
+def test_tensor_descriptors_are_used_where_strides_allow_and_change_no_bit(attend, kernel, memory, fits) -> None:
+    case = Case(batch=1, heads=2, kv_heads=2, m=100, d=72, memory=memory, mask=(1, 1, _, _))
+    q, k, v, mask = tensors(case, Layout.BNHD)
+    for fp8 in (True, False) if kernel == "attune_int8" else (False,):
+        options: dict[str, Any] = {"mask": mask, "scale": None}
+        tile = {"bn": 32, "fp8": fp8}
+        wanted, none = attend.ask("descriptor loads", kernel, q, k, v, **options, tile=tile)
+        out, loads = attend.ask("descriptor loads", kernel, q, k, v, **options, tile={**tile, "tma": True})
+        assert torch.equal(out, wanted)
+        assert not none and bool(loads) is fits
 
 
 @pytest.mark.parametrize("kernel", OURS)
@@ -167,10 +191,10 @@ def test_a_row_of_the_most_negative_number_counts_all_keys_alike(attend, kernel:
     assert torch.allclose(attend(kernel, q, k, v, mask=mask).float(), wanted, atol=0.05)
 
 
-def extremes(dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
-    """Finite inputs that have broken kernels, or could."""
+def extremes(dtype: torch.dtype, length: int) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """Finite inputs that have broken kernels, or could; so many tokens that a loop over blocks of them turns."""
     largest = torch.finfo(dtype).max
-    q, k, v = inputs(1, 1, 40, 64, dtype=dtype)
+    q, k, v = inputs(1, 1, length, 64, dtype=dtype)
     signs = tuple(t.sign() * largest for t in (q, k, v))
     one = k.clone()
     one[:, :, 13] = largest
@@ -194,13 +218,18 @@ def extremes(dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, ...]
 
 @pytest.mark.parametrize(("dtype", "fp8"), [*((dtype, True) for dtype in DTYPES), (F32, False)])
 def test_finite_inputs_give_finite_outputs_within_the_values(attend, dtype: torch.dtype, fp8: bool) -> None:
-    for name, (q, k, v) in extremes(dtype):
+    tile = {"bm": 128, "bn": 32, "fp8": fp8}
+    for name, (q, k, v) in extremes(dtype, length=75):
         for scale in (None, -1e4, 1e300) if name.startswith(("largest", "all")) else (None,):
-            out = attend("attune_int8", q, k, v, scale=scale, tile={"fp8": fp8}).double()
-            assert torch.isfinite(out).all(), (name, scale)
-            # An average lies among what it is of, but for rounding.
-            room = 0.1 * (v.double().amax(2) - v.double().amin(2)) + 1e-2 * v.double().abs().amax(2)
-            assert ((out.amax(2) <= v.double().amax(2) + room) & (out.amin(2) >= v.double().amin(2) - room)).all(), name
+            within_the_values(attend("attune_int8", q, k, v, scale=scale, tile=tile), v, (name, scale))
+
+
+def within_the_values(out: torch.Tensor, v: torch.Tensor, what: object) -> None:
+    """An average lies among what it is of, but for rounding."""
+    out, v = out.double(), v.double()
+    assert torch.isfinite(out).all(), what
+    room = 0.1 * (v.amax(2) - v.amin(2)) + 1e-2 * v.abs().amax(2)
+    assert ((out.amax(2) <= v.amax(2) + room) & (out.amin(2) >= v.amin(2) - room)).all(), what
 
 
 def test_one_huge_token_takes_all_the_weight_that_it_should(attend) -> None:
@@ -231,6 +260,12 @@ def test_e4m3_is_rounded_as_pytorch_rounds_it(attend) -> None:
     x = torch.cat([every, between, between * 1.0001, between * 0.9999, noise, torch.tensor([1e9, -1e9])])
     x = torch.nn.functional.pad(x, (0, 2048 - len(x)))
     assert torch.equal(attend.ask("e4m3", x), x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("kernel", OURS)
+def test_no_keys_at_all_give_zeros(attend, kernel: str) -> None:
+    q, k, v = inputs(1, 2, 5, 64, dtype=F16)
+    assert not attend(kernel, q, k[:, :, :0], v[:, :, :0]).any()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "token", "head"])

@@ -121,6 +121,18 @@ def relabel_keys(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
+def scale_places(tokens):
+    """Where the scales of these keys lie: of each 32 keys, those that one thread holds side by side. `read_scales`."""
+    return (tokens & -32) + ((tokens >> 1) & 3) * 8 + ((tokens >> 3) & 3) * 2 + (tokens & 1)
+
+
+@triton.jit
+def read_scales(place, BN: tl.constexpr):
+    """The scales of BN keys, in the keys' order. A thread reads 16 bytes at a time where it would read 8."""
+    return tl.load(place + tl.arange(0, BN)).reshape(BN // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(BN)
+
+
+@triton.jit
 def mask_rows(Mask, queries, q_len, m_sn, BY_QUERY: tl.constexpr):
     """Pointers to the rows of the mask, (BM, 1), or (1, 1) where one row is for all queries (BY_QUERY False).
 
@@ -150,30 +162,44 @@ def read_mask(rows, start, kv_len, m_sm, BN: tl.constexpr, MASK: tl.constexpr, B
         bias = tl.where(numbers != 0, 0.0, float("-inf"))
     else:
         # -3e38 hides a key only beside others: in a row full of it all keys count alike, as in PyTorch.
-        bias = numbers.to(tl.float32)
-        bias = tl.where(bias == float("-inf"), bias, tl.clamp(bias * LOG2E, -3e38, 3e38))
+        numbers = numbers.to(tl.float32)
+        bias = tl.clamp(numbers * LOG2E, -3e38, 3e38, propagate_nan=tl.PropagateNan.ALL)
+        bias = tl.where(numbers == float("-inf"), numbers, bias)
     if BOUND:
         bias = tl.where(there, bias, float("-inf"))
     return bias
 
 
 @triton.jit
-def weigh(logits, scale, bias, row_max, row_sum, LOG2_TOP: tl.constexpr, MASKED: tl.constexpr):
+def base_of(largest, LOG2_TOP: tl.constexpr):
+    """What to subtract from powers of two of which `largest` is the largest, for weights of at most 2**LOG2_TOP.
+
+    Rounding may leave a maximum, and what is subtracted from it, too small by 2**-23 of it. Where scores are large that
+    would be a weight beyond e4m3's largest number, which cuts it. So the maximum is raised by 2**-22 of itself, but by
+    no more than leaves it a weight of 1: masks add numbers of any size.
+    """
+    if LOG2_TOP > 0.0:
+        largest -= tl.maximum(LOG2_TOP - tl.abs(largest) * 2.0**-22, 0.0)
+    return largest
+
+
+@triton.jit
+def weigh(logits, scale, row_base, row_sum, LOG2_TOP: tl.constexpr):
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867), to the base 2.
 
-    Returns the weights of these keys, at most 2**LOG2_TOP, the factor for what was summed up before, and the new
-    maxima and sums of the rows. `scale`, one per row and never negative, turns logits into powers of two.
+    logits (BM, BN) times scale (BM), or by themselves where that is None, are powers of two; only then they may be
+    -inf. Returns the weights of these keys, at most 2**LOG2_TOP, the factor for what was summed up before, and of each
+    row what its powers of two are less by now (`base_of`) and the sum of its weights.
     """
-    if MASKED:
-        logits = logits * scale[:, None] + bias
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
+    if scale is None:
+        new_base = tl.maximum(row_base, base_of(tl.max(logits, 1), LOG2_TOP))
         # A row that has seen no key yet: any finite number will do, its weights are exp2(-inf).
-        base = tl.where(new_max == float("-inf"), 0.0, new_max) - LOG2_TOP
+        base = tl.where(new_base == float("-inf"), 0.0, new_base)
         weights = tl.math.exp2(logits - base[:, None])
-        shrink = tl.math.exp2(row_max - LOG2_TOP - base)
     else:
         # The maximum before scaling, so that scaling and subtracting are one instruction.
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * scale)
-        weights = tl.math.exp2(logits * scale[:, None] - (new_max - LOG2_TOP)[:, None])
-        shrink = tl.math.exp2(row_max - new_max)
-    return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
+        new_base = tl.maximum(row_base, base_of(tl.max(logits, 1) * scale, LOG2_TOP))
+        base = new_base
+        weights = tl.math.exp2(logits * scale[:, None] - base[:, None])
+    shrink = tl.math.exp2(row_base - base)
+    return weights, shrink, new_base, row_sum * shrink + tl.sum(weights, 1)

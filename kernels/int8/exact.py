@@ -30,7 +30,7 @@ def load_rows(
     return x
 
 
-@triton.jit(do_not_specialize=["heads", "group", "q_len", "kv_len", "dim"])
+@triton.jit(do_not_specialize=["heads", "group", "q_len", "kv_len"])
 def attend_exact(
     Q, K, V, Mask, Out,
     q_sb, q_sh, q_sn, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, o_sb, o_sh, o_sn, o_sd,
@@ -65,20 +65,20 @@ def attend_exact(
     q = tl.where(scale < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
     q_scale = tl.zeros([BM], tl.float32) + tl.abs(scale) * LOG2E
 
-    row_max = tl.full([BM], float("-inf"), tl.float32)
+    row_base = tl.full([BM], float("-inf"), tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
+    unscaled = None if MASK != "" else q_scale  # with a mask, logits are scaled before it is added
     last = (kv_len - 1) // BN * BN
     k = load_rows(K, batch32, 0, head32, dims, kv_len, k_sn, k_sd, dim, D, BN, TMA, PADDED, True)
     scores = dot(q, tl.trans(k), None, EMULATE)
     for start in tl.range(0, last, BN, num_stages=STAGES):
         # The next scores are computed while these are weighed: forward.py.
+        if MASK != "":
+            scores = scores * q_scale[:, None] + read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
         k = load_rows(K, batch32, start + BN, head32, dims, kv_len, k_sn, k_sd, dim, D, BN, TMA, PADDED, True)
         next_scores = dot(q, tl.trans(k), None, EMULATE)
-        bias = 0.0
-        if MASK != "":
-            bias = read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
-        weights, shrink, row_max, row_sum = weigh(scores, q_scale, bias, row_max, row_sum, 0.0, MASK != "")
+        weights, shrink, row_base, row_sum = weigh(scores, unscaled, row_base, row_sum, 0.0)
         v = load_rows(V, batch32, start, head32, dims, kv_len, v_sn, v_sd, dim, D, BN, TMA, PADDED, False)
         acc = dot(narrow(weights, v.dtype, EMULATE), v, acc * shrink[:, None], EMULATE)
         scores = next_scores
@@ -87,7 +87,8 @@ def attend_exact(
         bias = read_mask(rows, last, kv_len, m_sm, BN, MASK, True)
     else:
         bias = tl.where(last + keys < kv_len, 0.0, float("-inf"))[None, :]
-    weights, shrink, row_max, row_sum = weigh(scores, q_scale, bias, row_max, row_sum, 0.0, True)
+    scores = scores * q_scale[:, None] + bias
+    weights, shrink, row_base, row_sum = weigh(scores, None, row_base, row_sum, 0.0)
     v = load_rows(V, batch32, last, head32, dims, kv_len, v_sn, v_sd, dim, D, BN, TMA, PADDED, True)
     acc = dot(narrow(weights, v.dtype, EMULATE), v, acc * shrink[:, None], EMULATE)
 

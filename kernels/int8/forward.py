@@ -14,6 +14,7 @@ from .common import (
     narrow,
     poison,
     read_mask,
+    read_scales,
     relabel_keys,
     rotate,
     to_e4m3,
@@ -22,9 +23,9 @@ from .common import (
 )
 from .quantise import CHUNK_ROWS, HEAD_ROWS, K_BOUND, RESIDUAL, V_MEAN, V_SCALE
 
-# No score, in powers of two, is beyond this: rounding a row's maximum then changes weights by 16 at most, and nothing
-# overflows. Scores that large mean that one key has all the weight, before and after.
-LARGEST_SCORE = tl.constexpr(2.0**26)
+# No score, in powers of two, is beyond this: what keeps weights from being cut (`base_of`) then makes them at most half
+# as large, and nothing overflows. Scores that large mean that one key has all the weight, before and after.
+LARGEST_SCORE = tl.constexpr(2.0**22)
 
 
 @triton.jit
@@ -60,14 +61,15 @@ def add_values(
 ):  # fmt: skip
     """acc · shrink + weights · v."""
     if FP8:
-        # Hopper's tensor cores add e4m3 products with some 13 bits: a fresh sum per block, added up in float32.
-        acc = acc * shrink[:, None] + tl.dot(relabel_keys(to_e4m3(weights, EMULATE), BM, BN), v)
+        # Tensor cores add e4m3 products with some 13 bits: a fresh sum per block, added up in float32. Written as a sum
+        # of a product, Triton would have the tensor core add it up, but for Hopper.
+        acc = tl.fma(acc, shrink[:, None], tl.dot(relabel_keys(to_e4m3(weights, EMULATE), BM, BN), v))
     else:
         acc = tl.dot(weights.to(tl.float16), v, acc * shrink[:, None])
     return acc
 
 
-@triton.jit(do_not_specialize=["heads", "group", "q_len", "kv_len", "dim", "chunks"])
+@triton.jit(do_not_specialize=["heads", "group", "q_len", "kv_len", "chunks"])
 def attend(
     Q, K8, KScale, V8, Numbers, Mask, Out,
     q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd, m_sb, m_sh, m_sn, m_sm,
@@ -116,33 +118,34 @@ def attend(
     q_scale = tl.minimum(q_scale, LARGEST_SCORE / (127.0 * 127.0 * D)) + poison(q, 1)
     q = to_int8(tl.where(scale < 0, -q, q), largest[:, None])
 
-    row_max = tl.full([BM], float("-inf"), tl.float32)
+    row_base = tl.full([BM], float("-inf"), tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    # The largest weight: e4m3's largest number, as small weights keep more bits then; in fp16 there are enough.
-    top: tl.constexpr = 8.807354922057604 if FP8 else 0.0
+    # The largest weight: almost e4m3's largest number, so that small weights keep more bits; in fp16 there are enough.
+    top: tl.constexpr = 8.8073 if FP8 else 0.0
+    unscaled = None if MASK != "" else q_scale  # with a mask, logits are scaled before it is added
     last = (kv_len - 1) // BN * BN
     scores = tl.dot(q, load_keys(K8, first, D, BN, TMA))
     for start in tl.range(0, last, BN, num_stages=STAGES):
         # Scores become float32 first: their registers are free then for the next ones, which are computed under the
         # exponentials. docs/int8.md, "The loop".
-        logits = scores.to(tl.float32) * tl.load(KScale + start + keys)[None, :]
-        next_scores = tl.dot(q, load_keys(K8, first + start + BN, D, BN, TMA))
-        bias = 0.0
+        logits = scores.to(tl.float32) * read_scales(KScale + start, BN)[None, :]
         if MASK != "":
-            bias = read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
-        weights, shrink, row_max, row_sum = weigh(logits, q_scale, bias, row_max, row_sum, top, MASK != "")
+            logits = logits * q_scale[:, None] + read_mask(rows, start, kv_len, m_sm, BN, MASK, False)
+        next_scores = tl.dot(q, load_keys(K8, first + start + BN, D, BN, TMA))
+        weights, shrink, row_base, row_sum = weigh(logits, unscaled, row_base, row_sum, top)
         v = load_values(V8, start, first, first_dim, kv_pad, D, BN, TMA, FP8)
         acc = add_values(acc, weights, shrink, v, BM, BN, FP8, EMULATE)
         scores = next_scores
 
     # The last block, which may be shorter, stands apart: so the loop above needs no bounds.
-    logits = scores.to(tl.float32) * tl.load(KScale + last + keys)[None, :]
+    logits = scores.to(tl.float32) * read_scales(KScale + last, BN)[None, :]
     if MASK != "":
         bias = read_mask(rows, last, kv_len, m_sm, BN, MASK, True)
     else:
         bias = tl.where(last + keys < kv_len, 0.0, float("-inf"))[None, :]
-    weights, shrink, row_max, row_sum = weigh(logits, q_scale, bias, row_max, row_sum, top, True)
+    logits = logits * q_scale[:, None] + bias
+    weights, shrink, row_base, row_sum = weigh(logits, None, row_base, row_sum, top)
     v = load_values(V8, last, first, first_dim, kv_pad, D, BN, TMA, FP8)
     acc = add_values(acc, weights, shrink, v, BM, BN, FP8, EMULATE)
 

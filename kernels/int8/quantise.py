@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import CHUNKS, E4M3_MAX, TINY, poison, relabel_keys, rotate, rotate_one, to_e4m3, to_int8
+from .common import CHUNKS, E4M3_MAX, TINY, poison, relabel_keys, rotate, rotate_one, scale_places, to_e4m3, to_int8
 
 # What is kept of a key head besides K8 and V8: rows with a number per channel, in float32. First these of each chunk …
 K_SUM = tl.constexpr(0)  # Σ k / tokens
@@ -27,7 +27,7 @@ K_BOUND = tl.constexpr(2)  # one number: no rotated key has a component beyond i
 HEAD_ROWS = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["kv_heads", "kv_len", "chunks"])
 def collect_statistics(
     K, V, Numbers,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,
@@ -92,7 +92,7 @@ def quantise_keys(
         k = tl.where(there, k, 0.0)
         largest = tl.max(tl.abs(k), 1)
         tl.store(K8 + token * D + dims[None, :], to_int8(k, largest[:, None]))
-        tl.store(KScale + tokens, largest / tl.maximum(bound, TINY) + poison(k, 1))
+        tl.store(KScale + scale_places(tokens), largest / tl.maximum(bound, TINY) + poison(k, 1))
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def quantise_values(
         tl.store(Numbers + row * D + dims, residual * (largest * (1.0 / top)) / kv_len)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "kv_len", "dim", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["kv_heads", "kv_len", "chunks"])
 def quantise(
     K, V, Numbers, K8, KScale, V8,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd,

@@ -1,15 +1,15 @@
 """How big the tiles are, per architecture: data, and the sizes of buffers that follow from a call.
 
-The tiles are those without local memory in the loop and with the fewest instructions per score, by the static reports
-(benchmarks/static/, benchmarks/int8-log.md). None has been timed.
+The tiles are without local memory in the loop, by the static reports (benchmarks/static/, benchmarks/int8-log.md), and
+the first of each list has about the fewest instructions per score of those with many queries. None has been timed.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-TOKENS = 128  # lengths of buffers and chunks are multiples of it; every BN divides it
+TOKENS = 128  # lengths of buffers and chunks are multiples of it; every BN divides it, in INT8 as a multiple of 32
 CHUNKS = 64  # at most so many programs for the keys of a head; they leave statistics that are added up in one go
 WIDTHS = (64, 128, 256)  # what head dimensions are padded to, in the kernels' own buffers and registers
 Capability = tuple[int, int]
@@ -34,34 +34,46 @@ class Tile:
 # (width, with a mask) → tiles, the one that is taken unmeasured first.
 Table = dict[tuple[int, bool], tuple[Tile, ...]]
 _AMPERE: Table = {
-    (64, False): (Tile(128, 64, 8, 2),),
-    (128, False): (Tile(128, 64, 8, 2),),
-    (256, False): (Tile(32, 64, 4, 2),),
-    (64, True): (Tile(128, 64, 8, 2),),
-    (128, True): (Tile(64, 64, 8, 2),),
-    (256, True): (Tile(32, 32, 4, 2),),
+    (64, False): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (128, False): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    (256, False): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (64, True): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (128, True): (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    (256, True): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
 }
-_ADA: Table = {key: tuple(replace(tile, fp8=True) for tile in tiles) for key, tiles in _AMPERE.items()}
+_ADA: Table = {
+    (64, False): (Tile(128, 128, 8, 2, fp8=True), Tile(128, 64, 8, 2, fp8=True), Tile(64, 64, 4, 2, fp8=True)),
+    (128, False): (Tile(128, 64, 8, 2, fp8=True), Tile(128, 32, 8, 2, fp8=True)),
+    (256, False): (Tile(32, 64, 4, 2, fp8=True), Tile(32, 32, 4, 2, fp8=True)),
+    (64, True): (Tile(128, 64, 8, 2, fp8=True), Tile(64, 64, 4, 2, fp8=True)),
+    (128, True): (Tile(128, 32, 8, 2, fp8=True), Tile(64, 64, 8, 2, fp8=True)),
+    (256, True): (Tile(32, 64, 4, 2, fp8=True), Tile(32, 32, 4, 2, fp8=True)),
+}
 _HOPPER: Table = {
-    (64, False): (Tile(128, 128, 8, 3, fp8=True, tma=True),),
-    (128, False): (
+    (64, False): (
         Tile(128, 128, 8, 3, fp8=True, tma=True),
         Tile(128, 128, 8, 2, fp8=True, tma=True),
         Tile(64, 128, 4, 2, fp8=True, tma=True),
     ),
-    (256, False): (Tile(64, 64, 8, 2, fp8=True, tma=True),),
-    (64, True): (Tile(128, 64, 8, 2, fp8=True, tma=True),),
-    (128, True): (Tile(128, 64, 8, 2, fp8=True, tma=True),),
-    (256, True): (Tile(64, 64, 8, 2, fp8=True, tma=True),),
+    (128, False): (
+        Tile(128, 128, 8, 3, fp8=True, tma=True),
+        Tile(128, 128, 8, 2, fp8=True, tma=True),
+        Tile(128, 64, 8, 3, fp8=True, tma=True),
+        Tile(64, 128, 4, 2, fp8=True, tma=True),
+    ),
+    (256, False): (Tile(64, 128, 8, 2, fp8=True, tma=True), Tile(64, 64, 8, 2, fp8=True, tma=True)),
+    (64, True): (Tile(128, 64, 8, 2, fp8=True, tma=True), Tile(64, 128, 4, 2, fp8=True, tma=True)),
+    (128, True): (Tile(128, 64, 8, 2, fp8=True, tma=True), Tile(64, 64, 4, 2, fp8=True, tma=True)),
+    (256, True): (Tile(64, 128, 8, 2, fp8=True, tma=True), Tile(64, 64, 8, 2, fp8=True, tma=True)),
 }
 _BLACKWELL: Table = {
-    (64, False): (Tile(128, 64, 8, 2, fp8=True),),
-    (128, False): (Tile(128, 64, 8, 2, fp8=True),),
-    (256, False): (Tile(64, 32, 8, 2, fp8=True),),
-    # Triton 3.6 fails to compile e4m3 with a mask for sm_100.
-    (64, True): (Tile(128, 64, 8, 2),),
-    (128, True): (Tile(128, 32, 8, 2),),
-    (256, True): (Tile(64, 32, 8, 2),),
+    (64, False): (Tile(128, 128, 8, 2, fp8=True), Tile(128, 64, 8, 2, fp8=True), Tile(128, 32, 4, 2, fp8=True)),
+    (128, False): (Tile(128, 64, 8, 2, fp8=True), Tile(64, 64, 4, 2, fp8=True)),
+    (256, False): (Tile(64, 64, 8, 2, fp8=True), Tile(64, 32, 8, 2, fp8=True)),
+    # In fp16, which takes as many instructions: e4m3 with a mask has been seen not to compile.
+    (64, True): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2, fp8=True)),
+    (128, True): (Tile(128, 32, 8, 2), Tile(128, 64, 8, 2, fp8=True)),
+    (256, True): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, fp8=True)),
 }
 # From this compute capability on. Blackwell's consumer GPUs have Ada's matrix instructions.
 INT8: tuple[tuple[Capability, Table], ...] = (
@@ -74,31 +86,33 @@ INT8: tuple[tuple[Capability, Table], ...] = (
 
 # attune_bf16. `tma` holds where the tensors' strides allow it.
 _EXACT_SYNC: Table = {
-    (64, False): (Tile(128, 64, 8, 2),),
-    (128, False): (Tile(128, 32, 8, 2),),
+    (64, False): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (128, False): (Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
     (256, False): (Tile(32, 32, 8, 2),),
-    (64, True): (Tile(64, 64, 4, 2),),
-    (128, True): (Tile(32, 64, 4, 2),),
-    (256, True): (Tile(32, 16, 4, 2),),
+    (64, True): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (128, True): (Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
+    (256, True): (Tile(32, 32, 8, 2),),
 }
+# One number of 128×32 with a mask goes to local memory there.
+_EXACT_RTX: Table = {**_EXACT_SYNC, (128, True): (Tile(128, 16, 8, 2), Tile(32, 64, 4, 2))}
 _EXACT_HOPPER: Table = {
-    (64, False): (Tile(128, 128, 8, 2, tma=True),),
-    (128, False): (Tile(128, 64, 8, 3, tma=True),),
-    (256, False): (Tile(128, 32, 8, 2, tma=True),),
-    (64, True): (Tile(128, 64, 8, 2, tma=True),),
-    (128, True): (Tile(128, 64, 8, 2, tma=True),),
-    (256, True): (Tile(64, 32, 4, 2, tma=True),),
+    (64, False): (Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 4, 2, tma=True)),
+    (128, False): (Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 2, tma=True), Tile(64, 64, 4, 2, tma=True)),
+    (256, False): (Tile(128, 32, 8, 2, tma=True), Tile(64, 32, 4, 2, tma=True)),
+    (64, True): (Tile(128, 64, 8, 2, tma=True), Tile(64, 64, 4, 2, tma=True)),
+    (128, True): (Tile(128, 64, 8, 2, tma=True), Tile(64, 64, 4, 2, tma=True)),
+    (256, True): (Tile(64, 32, 4, 2, tma=True), Tile(128, 32, 8, 2, tma=True)),
 }
 _EXACT_BLACKWELL: Table = {
-    (64, False): (Tile(128, 64, 8, 2, tma=True),),
-    (128, False): (Tile(128, 64, 8, 2, tma=True),),
+    (64, False): (Tile(128, 64, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True)),
+    (128, False): (Tile(128, 64, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True)),
     (256, False): (Tile(128, 32, 8, 2, tma=True),),
-    (64, True): (Tile(128, 64, 8, 2, tma=True),),
-    (128, True): (Tile(128, 32, 8, 2, tma=True),),
-    (256, True): (Tile(128, 32, 8, 2, tma=True),),
+    (64, True): (Tile(128, 64, 8, 2, tma=True), Tile(128, 32, 8, 2, tma=True)),
+    (128, True): (Tile(128, 32, 8, 2, tma=True), Tile(128, 64, 8, 2, tma=True)),
+    (256, True): (Tile(64, 64, 8, 2, tma=True), Tile(64, 32, 4, 2, tma=True)),
 }
 EXACT: tuple[tuple[Capability, Table], ...] = (
-    ((12, 0), _EXACT_SYNC),
+    ((12, 0), _EXACT_RTX),
     ((10, 0), _EXACT_BLACKWELL),
     ((9, 0), _EXACT_HOPPER),
     ((8, 0), _EXACT_SYNC),

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -52,9 +54,14 @@ class Interpreter:
         mask: torch.Tensor | None = None,
         scale: float | None = None,
         tile: dict[str, Any] | None = None,
+        backwards: bool = False,
     ) -> torch.Tensor:
-        """`tile`: fields of the kernels' Tile that are other than INTERPRETER's. Inputs must stay as they are."""
-        return self.ask("attend", kernel, q, k, v, mask=mask, scale=scale, tile=tile or {})
+        """`tile`: fields of the kernels' Tile that are other than INTERPRETER's. Inputs must stay as they are.
+
+        `backwards`: programs of a launch run in the opposite order, the last one first.
+        """
+        options = {"mask": mask, "scale": scale, "tile": tile or {}, "backwards": backwards}
+        return self.ask("attend", kernel, q, k, v, **options)
 
     def stop(self) -> None:
         assert self._child.stdin and self._child.stdout
@@ -63,12 +70,15 @@ class Interpreter:
         self._child.stdout.close()
 
 
-def _attend(kernel: str, *tensors: torch.Tensor, mask: Any, scale: Any, tile: dict[str, Any]) -> torch.Tensor:
+def _attend(
+    kernel: str, *tensors: torch.Tensor, mask: Any, scale: Any, tile: dict[str, Any], backwards: bool = False
+) -> torch.Tensor:
     from comfyui_attune.kernels.int8 import launch, tiles
 
     function = {"attune_int8": launch.int8_attention, "attune_bf16": launch.exact_attention}[kernel]
     before = [None if t is None else t.clone() for t in (*tensors, mask)]
-    out = function(*tensors, mask=mask, scale=scale, tile=replace(tiles.INTERPRETER, **tile))
+    with _backwards() if backwards else contextlib.nullcontext(), _spoilt_memory():
+        out = function(*tensors, mask=mask, scale=scale, tile=replace(tiles.INTERPRETER, **tile))
     for name, old, new in zip("qkvm", before, (*tensors, mask), strict=True):
         assert old is None or torch.equal(old.nan_to_num(), new.nan_to_num()), f"{name} was modified"
     return out
@@ -96,6 +106,38 @@ def _e4m3(x: torch.Tensor) -> torch.Tensor:
     return out.float()
 
 
+@contextlib.contextmanager
+def _spoilt_memory() -> Iterator[None]:
+    """torch.empty() gives NaN and largest numbers, as what lies in a GPU's memory may be: no kernel may count on it."""
+    torch.use_deterministic_algorithms(True)  # which fills it, unless told otherwise
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def _backwards() -> Iterator[None]:
+    """A GPU runs programs in whatever order it likes; this is the one that differs most from the interpreter's own."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    set_grid_idx = builder.set_grid_idx
+
+    def from_the_end(*place: int) -> None:
+        set_grid_idx(*(size - 1 - at for size, at in zip(builder.grid_dim, place, strict=True)))
+
+    with mock.patch.object(builder, "set_grid_idx", from_the_end):
+        yield
+
+
+def _descriptor_loads(*arguments: Any, **options: Any) -> tuple[torch.Tensor, int]:
+    """The output, and how many blocks its programs have loaded through tensor descriptors."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    with mock.patch.object(builder, "create_descriptor_load", wraps=builder.create_descriptor_load) as load:
+        return _attend(*arguments, **options), load.call_count
+
+
 def _mend() -> None:
     """Triton 3.6 counts loops with int() of an array of one number, which NumPy refuses from 2.4 on."""
     from triton.runtime import interpreter
@@ -117,7 +159,7 @@ def main() -> None:
     load_package("comfyui_attune", ROOT)
     torch.set_num_threads(1)
     _mend()
-    known = {"attend": _attend, "far apart": _far_apart, "e4m3": _e4m3}
+    known = {"attend": _attend, "descriptor loads": _descriptor_loads, "far apart": _far_apart, "e4m3": _e4m3}
     with contextlib.suppress(EOFError):
         while True:
             what, arguments, options = pickle.load(sys.stdin.buffer)
