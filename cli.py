@@ -17,6 +17,7 @@ from .doctor.doctor_command import add_doctor
 from .doctor.get_command import add_get
 from .doctor.hub import announce
 from .doctor.store import home
+from .graphs.command import add_workflow
 from .measure.bench_command import Ask, add_bench
 from .measure.compare_command import add_compare
 from .measure.report_command import add_report
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_bench(commands, _all_kernels, _why_not_run)
     add_compare(commands)
     add_run(commands)
+    add_workflow(commands)
     add_report(commands, lambda state: (state or home(Path(__file__).parent)) / "runs")
     options = parser.parse_args(arguments)
     announce(home(Path(__file__).parent))
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a Windows console may lack letters of a path
     try:
         status = int(options.run(options))
-        if sys.stdout is not None and not sys.stdout.closed:  # a script that `run` ran may have closed it
+        if options.command != "run":  # what a script has made of stdout is left to Python
             sys.stdout.flush()
         return status
     except BrokenPipeError:  # what reads our output has seen enough, as `head` has

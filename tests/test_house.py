@@ -13,7 +13,7 @@ import pytest
 
 from support.loading import ROOT
 
-FOLDERS = ("attention", "kernels", "host", "nodes", "pipelines", "doctor", "measure", "web", "workflows")
+FOLDERS = ("attention", "kernels", "host", "nodes", "pipelines", "doctor", "measure", "graphs", "web", "workflows")
 KERNEL_PACKAGES = {"xformers", "flash_attn", "flash_attn_interface", "sageattention", "sageattn3", "comfy_kitchen"}
 HOST_PACKAGES = {
     "comfy",
@@ -32,6 +32,7 @@ ALLOWED = {
     "kernels": {"attention", "kernels"},
     "doctor": {"attention", "doctor"},
     "measure": {"attention", "measure"},
+    "graphs": {"attention", "measure", "graphs"},
     "host": {"attention", "kernels", "doctor", "measure", "host"},
     "nodes": {"attention", "host", "nodes"},
     "pipelines": {"attention", "kernels", "doctor", "measure", "host", "pipelines"},

@@ -1,0 +1,1 @@
+"""Workflow files: what stands in them about attention, and changes to it. Needs no ComfyUI."""
