@@ -1,15 +1,22 @@
 """ComfyUI-Attune: attention that tunes itself.
 
 ComfyUI loads this folder as a custom node pack; `pip install comfyui-attune` gives the same code as `comfyui_attune`,
-with `apply` and `applied` for diffusers pipelines. Importing it imports no kernel package, and starts no GPU.
+with `apply` and `applied` for diffusers pipelines. Importing it imports no kernel package, and starts no GPU; it
+puts the quarantine in force once diffusers is imported (doctor/before_import.py).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from .doctor.before_import import watch
 
 __version__ = "0.1.0"
 WEB_DIRECTORY = "./web"
+
+# A script that imports this first may import diffusers beside a package that would take it down.
+watch(Path(__file__).absolute().parent)
 
 
 async def comfy_entrypoint() -> Any:

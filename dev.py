@@ -2,7 +2,7 @@
 """Set-up for a fresh machine, standard library only.
 
     python3 dev.py demo [--serve] [--port N] [--workflow FILE] [--break KIND]
-    python3 dev.py test [--browser] [--no-comfyui] [pytest arguments]
+    python3 dev.py test [--browser] [--no-comfyui] [--comfyui VERSION …] [--diffusers VERSION] [pytest arguments]
 
 Everything it makes lies in the git-ignored folders .venv and .cache of this checkout. It can be stopped and run again.
 The parts are in devtools/, loaded by path: the root of this checkout must never be on sys.path, because ComfyUI has

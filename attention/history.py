@@ -120,6 +120,13 @@ class History:
             self._rows += len(key)
         self._passes.append(_Pass(forward, number, discarded, sigma))
 
+    def passes(self, since: int = 0) -> list[tuple[int, int, bool]]:
+        """(forward, number of its pattern, was it discarded?) of the passes from number `since` on; none after `close`.
+
+        For who looks on from another thread while the run goes on: nothing is read from a device.
+        """
+        return [one[:3] for one in self._passes[since:]]
+
     def close(self, sigmas: Sequence[float], first_step: int = 0) -> None:
         """Read the noise levels and put every pass into its step; afterwards nothing is left on a device.
 

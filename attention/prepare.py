@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from .call import AttentionCall, Layout
-from .kernel import Kernel
+from .kernel import Kernel, machine_reasons
+from .machine import Machine
 from .timings import Timings
 
+log = logging.getLogger("attune")
 _PERIOD = 2048  # 16 blocks of 128 tokens: beyond it lengths only repeat what Triton tells apart
 Signature = tuple[str, ...]
 
@@ -85,3 +88,31 @@ def prepare(
         except Exception as error:
             say(f"{name} could not be prepared ({type(error).__name__}: {error})")
         timings.compiled.add(wanted)
+
+
+def make_ready(
+    timings: Timings,
+    kernels: Mapping[str, Kernel],
+    names: Iterable[str],
+    machine: Machine,
+    device: str,
+    refused: Callable[[str], Mapping[str, str]],
+    say: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Load, and where need be compile, the kernels `names` before a run on `device`: that is no part of the sampling.
+
+    refused: device → the kernels that may not be called on it. say, check: as `prepare` has them.
+    """
+    chosen = {name: kernels[name] for name in names if name in kernels}
+
+    def may_run(name: str, on: str) -> bool:
+        return not machine_reasons(chosen[name], machine, machine.device(on)) and name not in refused(on)
+
+    for name, kernel in chosen.items():
+        if may_run(name, device):
+            try:
+                kernel.load()
+            except Exception as error:  # it will fail again where it is planned, and be told then
+                log.debug("%s could not be loaded: %s", name, error)
+    prepare(timings, chosen, may_run, say, check)

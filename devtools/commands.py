@@ -13,7 +13,8 @@ from .venv import Part, Venv, require_python
 WORKFLOW = ROOT / "workflows" / "wan2.2_i2v_14b.json"
 USAGE = """\
 python3 dev.py demo [--serve] [--port N] [--workflow FILE] [--break KIND]
-       python3 dev.py test [--browser] [--no-comfyui] [pytest arguments]"""
+       python3 dev.py test [--browser] [--no-comfyui] [--comfyui VERSION …] [--diffusers VERSION]
+                           [pytest arguments]"""
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +37,14 @@ def main(arguments: list[str]) -> int:
     test = commands.add_parser("test", help="run the tests; further arguments go to pytest", allow_abbrev=False)
     test.add_argument("--browser", action="store_true", help="install Debian's chromium when no browser is there")
     test.add_argument("--no-comfyui", action="store_true", help="only what needs neither ComfyUI nor a GPU")
+    test.add_argument(
+        "--diffusers", default="", metavar="VERSION",
+        help="only the tests of diffusers pipelines, with this version of diffusers beside the installed one",
+    )  # fmt: skip
+    test.add_argument(
+        "--comfyui", action="append", default=[], metavar="VERSION",
+        help=f"only the tests in a ComfyUI, with this one; may be given often ({', '.join(comfyui.RELEASES)})",
+    )  # fmt: skip
     known, rest = parser.parse_known_args(arguments)
     if rest and known.command != "test":
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -46,7 +55,7 @@ def main(arguments: list[str]) -> int:
             return run(known.workflow, known.port, known.serve, known.broken)
         from .suite import suite as run
 
-        return run(rest, known.browser, not known.no_comfyui)
+        return run(rest, known.browser, not known.no_comfyui, known.diffusers, known.comfyui)
     except Stop as stop:
         print(f"dev.py: {stop}", file=sys.stderr)
         return 1

@@ -16,9 +16,9 @@ def comfyui(folder: Path) -> Part:
 
 
 def tests() -> Part:
-    """The tools of the test suite."""
+    """The tools of the test suite; torch stays as pinned above."""
     lines = (ROOT / "tests" / "requirements.txt").read_text("utf-8").splitlines()
-    return Part("tests", tuple(_requirements(lines)), "the tools of the tests")
+    return Part("tests", (*TORCH.requirements, *_requirements(lines)), "the tools of the tests")
 
 
 def _requirements(lines: list[str]) -> list[str]:

@@ -213,11 +213,21 @@ def _say_what_is_better(fresh: dict[str, Verdict], state: State, installed: dict
             log.info("Attune: %s can be imported again and has left quarantine.", installed[name])
 
 
+_applied = False
+
+
+def applied() -> bool:
+    """Has this process been through `apply`?"""
+    return _applied
+
+
 def apply(pack: Path) -> None:
     """What prestartup_script.py does: judge, hide, clear launch flags, and say so. Never raises.
 
     pack: the pack's folder as ComfyUI sees it, for the command that the log shows.
     """
+    global _applied
+    _applied = True
     if off():
         return
     try:
@@ -238,9 +248,10 @@ def _enforce(finding: Finding, args: Any, lift: str) -> None:
     if finding.hidden:
         hide(finding.name)
         log.warning(
-            "Attune: %s is in quarantine, to ComfyUI it is not installed: %s. %sNothing on disk was changed. "
+            "Attune: %s is in quarantine, to %s it is not installed: %s. %sNothing on disk was changed. "
             "To lift it: %s (or ATTUNE_QUARANTINE=off for all).",
             finding.title,
+            "this program" if args is None else "ComfyUI",
             finding.reason,
             f"The flag {option} was cleared. " if cleared else "",
             lift,

@@ -14,15 +14,15 @@ from comfy.patcher_extension import WrappersMP
 from ..attention.check import Check
 from ..attention.clock import Clock
 from ..attention.healing import Snapshot, healed
-from ..attention.kernel import machine_reasons
 from ..attention.plan import AUTO, expand
-from ..attention.prepare import prepare
+from ..attention.prepare import make_ready
 from ..attention.record import Record
 from ..attention.router import Router
 from ..attention.session import CURRENT, Forward, Session
 from ..doctor.store import home
 from . import trampoline
-from .process import keep_timings, kernels, recall_timings, verdicts
+from .live import LIVE
+from .process import MEASURED, kernels, verdicts
 from .remembered import fingerprint, recall, remember
 from .runs import RUNS, RunInfo
 from .server import prompt_context, say_on_node, send_run
@@ -36,6 +36,21 @@ _COMPILED = "torch.compile"  # the key of the host's wrapper
 _SESSION = "attune_session"  # in the options of one run, which its threads share
 _said: set[str] = set()  # kinds of models that the log has spoken of
 Advisor = Callable[[Record, int], list[str]]
+
+
+def _counting(run: RunInfo, callback: Any) -> Any:
+    """The sampler's `callback`, which then also tells the run after each step that it has ended."""
+    if callback is None:
+        return None
+    ends: list[tuple[int, int]] = []
+    run.step_ends = ends
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], int):
+            ends.append((run.record.forwards, args[0] + 1))
+        return callback(*args, **kwargs)
+
+    return counting
 
 
 class Attachment:
@@ -60,6 +75,10 @@ class Attachment:
             node_types=self.node_types,
             **prompt_context(),
         )
+        if "callback" in kwargs:
+            kwargs["callback"] = _counting(run, kwargs["callback"])
+        elif len(args) > 5:
+            args = (*args[:5], _counting(run, args[5]), *args[6:])
         options[_SESSION] = session
         self._stand_inside(options)
         model = self._recall(executor.class_obj, session)
@@ -116,36 +135,25 @@ class Attachment:
 
     def _make_ready(self, guider: Any, record: Record) -> None:
         """Load, and where need be compile, what `auto` may measure in this run: that is no part of the sampling."""
-        measured, machine = recall_timings(), self.router.machine
+        measured, machine = MEASURED.recall(), self.router.machine
         device = str(getattr(getattr(guider, "model_patcher", None), "load_device", machine.main_device.name))
         wishes = {wish for rule in self.router.policy.rules for wish in rule.kernels if wish in AUTO}
         names = dict.fromkeys(name for wish in sorted(wishes) for name in expand(wish, machine, device))
         if measured is None or not names:
             return
 
-        def may_run(name: str, on: str) -> bool:
-            here = machine.device(on)
-            return not machine_reasons(self.router.kernels[name], machine, here) and name not in verdicts().refused(on)
-
         def say(text: str) -> None:
             record.note(text)
             log.info("Attention: %s.", text)
             say_on_node(text)
 
-        for name in names:
-            if name in self.router.kernels and may_run(name, device):
-                try:
-                    self.router.kernels[name].load()
-                except Exception as error:  # it will fail again where it is planned, and be told then
-                    log.debug("%s could not be loaded: %s", name, error)
-        chosen = {name: self.router.kernels[name] for name in names if name in self.router.kernels}
         stop = comfy.model_management.throw_exception_if_processing_interrupted
-        prepare(measured, chosen, may_run, say, stop)
+        make_ready(measured, self.router.kernels, names, machine, device, verdicts().refused, say, stop)
 
     def _end_tuning(self, session: Session) -> None:
         try:
             session.tuner.close()
-            keep_timings()
+            MEASURED.keep()
         except Exception:  # what is measured must never cost a run
             log.exception("What was measured for auto could not be kept")
 
@@ -170,6 +178,8 @@ class Attachment:
             send_run(run)
         except Exception:  # the account of a run must never cost the run
             log.exception("The record of a sampling run could not be completed")
+        finally:
+            LIVE.ended(run)
 
     def apply_model(self, executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Around one forward pass: settles which rules are in force and makes the router the current one."""

@@ -21,7 +21,7 @@ from ..attention.router import Router
 from . import trampoline
 from .attachment import KEY, OVERRIDE, Advisor, Attachment
 from .default import Default, summary, wanted_kernel
-from .process import LINK, kernels, machine, recall_timings, verdicts
+from .process import LINK, MEASURED, kernels, machine, verdicts
 
 log = logging.getLogger("attune")
 _said: set[str] = set()  # kinds of models that the log has spoken of
@@ -122,7 +122,7 @@ def start() -> None:
     if name is not None:
         import comfy.ldm.modules.diffusionmodules.model as vae_module
 
-        recall_timings()
+        MEASURED.recall()
         _defaults.append(Default(name, kernels(), machine(), LINK, host_attention, vae_module))
         _defaults[0].apply()
         verdicts().tell(_defaults[0].router.idle_session)

@@ -1,23 +1,34 @@
-"""The doctor inside ComfyUI: what the node AttentionDoctor shows."""
+"""The doctor inside ComfyUI: what the node AttentionDoctor and the panel show."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
 from comfy.cli_args import args as launch
 
 from ..attention.listing import kernel_rows
-from ..attention.machine import with_memory_now
+from ..attention.machine import Machine, with_memory_now
+from ..attention.plan import HOST, expand
+from ..doctor.doctor_command import _bundle
+from ..doctor.env_file import VARIABLE
 from ..doctor.kernel_verdict import KernelVerdict
 from ..doctor.look import report
 from ..doctor.paint import picture
-from ..doctor.report import as_text
+from ..doctor.report import Report, as_json, as_text, device_line, host_line, versions
 from ..doctor.store import home
 from ..kernels import KERNELS
-from .comfyui import switched_off
+from .comfyui import default_account, switched_off
 from .process import PACK, kernels, machine, verdicts
 from .server import say_on_node
+
+_MOST_LETTERS = 2000  # of what a kernel's process said
+_NOT_YET = "It has not been tried yet: that is done in the background, while no prompt runs."
 
 
 def current_verdicts() -> dict[str, KernelVerdict]:
@@ -42,11 +53,86 @@ def _remarks() -> list[str] | None:
     return said or None
 
 
+def _report(known: Mapping[str, KernelVerdict], here: Machine) -> Report:
+    own = {kernel.name for kernel in KERNELS}
+    elsewhere = [row for row in kernel_rows(kernels(), here) if row["name"] not in own]
+    return report(KERNELS, known, here, PACK, home(), elsewhere=elsewhere, said=_remarks())
+
+
 def look() -> tuple[str, Any]:
     """One look at this machine: the report as text, and as a picture (H, W, 3), uint8."""
-    own = {kernel.name for kernel in KERNELS}
-    elsewhere = [row for row in kernel_rows(kernels(), machine()) if row["name"] not in own]
-    found = report(
-        KERNELS, current_verdicts(), with_memory_now(machine()), PACK, home(), elsewhere=elsewhere, said=_remarks()
-    )
+    found = _report(current_verdicts(), with_memory_now(machine()))
     return as_text(found), picture(found)
+
+
+def _known() -> dict[str, KernelVerdict]:
+    """The verdicts that are there by now. Switched off, the pack tries nothing and knows none."""
+    return {} if switched_off() else verdicts().known(machine().main_device.name)
+
+
+def kernel_table() -> list[dict[str, Any]]:
+    """A row for each kernel in this process: can it run here, what did the probe find, why, and what helps.
+
+    `outcome` is "open" where the probe is still to come, "" where there is none; `verdict` is its older name.
+    """
+    known = _known()
+    found = {row["name"]: row for row in as_json(_report(known, machine()))["kernels"]}
+    rows = []
+    for row in kernel_rows(kernels(), machine()):
+        told, verdict = found.get(row["name"]), known.get(row["name"])
+        row |= {"outcome": "", "detail": "", "error": None, "allowed": None, "milliseconds": None, "timed": ""}
+        row |= {"can_run_here": row["status"] == "available", "cause": "", "cure": None, "advice": ""}
+        if told is not None:
+            row |= {"can_run_here": told["can_run_here"], "advice": told["advice"]}
+        if told is not None and verdict is not None:
+            row |= {name: getattr(verdict, name) for name in ("outcome", "error", "allowed", "milliseconds", "timed")}
+            row |= {"detail": verdict.detail[:_MOST_LETTERS], "cause": told["cause"]["text"], "cure": told["cure"]}
+        elif told is not None and not switched_off():
+            row |= {"outcome": "open", "cause": _NOT_YET}
+        rows.append({**row, "verdict": row["outcome"]})
+    return rows
+
+
+def bundle() -> str:
+    """What `attune doctor --bundle` writes: the findings so far without names, folders and tokens, as JSON."""
+    found = _report(_known(), with_memory_now(machine()))
+    return json.dumps(_bundle(found, as_json(found)), indent=2) + "\n"
+
+
+def _version() -> str:
+    """This pack's version, "" where nobody tells."""
+    try:
+        found = re.search(r'^version = "([^"]+)"', (PACK / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+        return found[1] if found else ""
+    except OSError:  # installed as a wheel
+        try:
+            return importlib.metadata.version("comfyui-attune")
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+
+def _default_line(requested: str, known: Mapping[str, KernelVerdict]) -> str:
+    """What computes attention without a node, and what `auto` tries first where it has measured nothing."""
+    own = f"ComfyUI's own ({machine().host_attention or 'unknown'})"
+    named = f"{requested} ({VARIABLE})" if requested else own
+    first = next(name for name in expand("auto", machine()) if name == HOST or (name in known and known[name].works))
+    return f"Without a node: {named}. First choice of auto: {own if first == HOST else first}."
+
+
+def machine_account() -> dict[str, Any]:
+    """The machine in four lines, and what is said about it: what the panel shows first."""
+    here, known, default = machine(), _known(), default_account()
+    driver = f", driver {here.driver}" if here.driver else ""
+    return {
+        "version": _version(),
+        "comfyui": getattr(sys.modules.get("comfyui_version"), "__version__", ""),
+        "off": switched_off(),
+        "lines": [
+            f"{device_line(here.main_device)}{driver}",
+            ", ".join(part for part in versions(here) if not part.startswith("driver ")),
+            host_line(here),
+            _default_line(default["requested"], known),
+        ],
+        "default": default,
+        "remarks": list(_report(known, here).remarks),
+    }

@@ -14,15 +14,14 @@ from comfy.cli_args import args as launch
 from ..attention.kernel import Kernel
 from ..attention.link import HostLink
 from ..attention.machine import Machine, read_machine
-from ..attention.timings import Timings
 from ..doctor.hub import announce
 from ..doctor.store import home
 from ..kernels import KERNELS
 from . import timings, trampoline
+from .again import RepeatableVerdicts
 from .kernels import host_kernels
 from .memory import spare_bytes
 from .server import prompt_runs
-from .verdicts import Verdicts
 
 PACK = Path(__file__).absolute().parents[1]
 
@@ -58,34 +57,11 @@ def kernels() -> dict[str, Kernel]:
 
 
 @functools.cache
-def verdicts() -> Verdicts:
-    return Verdicts(KERNELS, machine, PACK, home(), prompt_runs)
+def verdicts() -> RepeatableVerdicts:
+    return RepeatableVerdicts(KERNELS, machine, PACK, home(), prompt_runs)
 
 
-# What `auto` has measured; empty until `recall_timings` has read what earlier processes did.
-TIMINGS = Timings() if timings.tuning_wanted() else None
-
-
-@functools.cache
-def _timings_of() -> str:
-    """The fingerprint that measurements are kept under; what is kept under it is read now."""
-    assert TIMINGS is not None
-    found = timings.fingerprint(machine(), kernels().values())
-    timings.load(TIMINGS, home(), found)
-    return found
-
-
-def recall_timings() -> Timings | None:
-    """What `auto` has measured here, also in earlier processes; None where it is not to measure anything."""
-    if TIMINGS is not None:
-        _timings_of()
-    return TIMINGS
-
-
-def keep_timings() -> None:
-    """Write down what was measured since the last time."""
-    if TIMINGS is not None and TIMINGS.changed:
-        timings.save(TIMINGS, home(), _timings_of())
+MEASURED = timings.Kept(home, lambda: (machine(), kernels().values()))
 
 
 def _free_bytes(device: str) -> int | None:
@@ -107,6 +83,6 @@ LINK = HostLink(
     free_memory=lambda: comfy.model_management.soft_empty_cache(True),
     free_bytes=_free_bytes,
     refused=lambda device: verdicts().refused(device),
-    timings=TIMINGS,
+    timings=MEASURED.timings,
     spare_bytes=spare_bytes,
 )

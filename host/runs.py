@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import threading
 import time
@@ -41,7 +42,8 @@ class RunInfo:
     that of the whole sampling, 0 if unknown; `first_step` is the first of this run in it. `made_by` is a fingerprint
     of the sampler node and all that leads to it, "" if unknown. `node_types` maps node ids to class names, `advice`
     node ids to sentences about this run. `started` is in seconds since 1970, `seconds` how long the run took. `file`:
-    where it is kept on disk. `host`: "diffusers" where it was not ComfyUI.
+    where it is kept on disk. `host`: "diffusers" where it was not ComfyUI. `step_ends`: for each step that has ended,
+    how many forwards there were by then and which step comes next, from 0; None where nobody tells.
     """
 
     number: int
@@ -61,6 +63,19 @@ class RunInfo:
     seconds: float = 0.0
     file: Path | None = None
     host: str = ""
+    step_ends: list[tuple[int, int]] | None = None
+
+    def step_of(self, forward: int) -> int:
+        """The step that a forward of a run that goes on belongs to, by what its sampler says after each step.
+
+        The noise levels tell it better, but they may be on a device: they are read when the run is over.
+        """
+        steps = len(self.record.sigmas) - 1
+        if self.step_ends is None or steps < 1:
+            return self.first_step + forward
+        before = bisect.bisect_right(self.step_ends, forward, key=lambda end: end[0])
+        step = self.step_ends[before - 1][1] if before else 0
+        return self.first_step + min(step, steps - 1)
 
     def close(self) -> None:
         """The run has ended, in whatever way; `status` says how."""
@@ -153,6 +168,9 @@ class Runs:
     def all(self) -> list[RunInfo]:
         with self._lock:
             return list(self._runs)
+
+    def numbered(self, number: int) -> RunInfo | None:
+        return next((run for run in self.all() if run.number == number), None)
 
     def of_prompt(self, prompt_id: str | None) -> list[RunInfo]:
         return [run for run in self.all() if prompt_id is not None and run.prompt_id == prompt_id]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
 import sys
 import uuid
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -167,27 +165,3 @@ def send_run(run: RunInfo) -> None:
     server = server_instance()
     if server is not None and run.client_id is not None:
         server.send_sync(EVENT, run.as_dict(), run.client_id)
-
-
-def add_routes(list_kernels: Callable[[], list[dict[str, Any]]], default: Callable[[], dict[str, Any]]) -> None:
-    """The pack's read-only routes.
-
-    `GET /attune/runs`: the last runs, for a browser that was not there when they ended. `GET /attune/kernels`: every
-    kernel in this ComfyUI, and whether it can run here. `GET /attune/default`: what the environment's default did.
-    """
-    server = server_instance()
-    if server is None or not hasattr(server, "routes"):
-        return
-    from aiohttp import web
-
-    @server.routes.get("/attune/kernels")
-    async def kernels(_request: web.Request) -> web.Response:
-        return web.json_response({"kernels": await asyncio.to_thread(list_kernels)})  # it may wait for the disk
-
-    @server.routes.get("/attune/default")
-    async def environment(_request: web.Request) -> web.Response:
-        return web.json_response(default())
-
-    @server.routes.get("/attune/runs")
-    async def runs(_request: web.Request) -> web.Response:
-        return web.json_response({"runs": RUNS.as_list()})

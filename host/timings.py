@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -115,3 +115,27 @@ def save(timings: Timings, folder: Path, machine: str) -> None:
             del state[old]
 
     store(folder).update(add)
+
+
+class Kept:
+    """What `auto` has measured in this process, and what of earlier ones is on disk: read when it is first asked for.
+
+    `timings` is None where nothing is to be measured. about: the machine and the kernels that it holds for.
+    """
+
+    def __init__(self, folder: Callable[[], Path], about: Callable[[], tuple[Machine, Iterable[Kernel]]]) -> None:
+        self.timings = Timings() if tuning_wanted() else None
+        self._folder, self._about, self._fingerprint = folder, about, ""
+
+    def recall(self) -> Timings | None:
+        """What was measured here, also in earlier processes; None where nothing is to be measured."""
+        if self.timings is not None and not self._fingerprint:
+            self._fingerprint = fingerprint(*self._about())
+            load(self.timings, self._folder(), self._fingerprint)
+        return self.timings
+
+    def keep(self) -> None:
+        """Write down what was measured since the last time."""
+        if self.timings is not None and self.timings.changed:
+            self.recall()
+            save(self.timings, self._folder(), self._fingerprint)

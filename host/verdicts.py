@@ -97,9 +97,8 @@ class Verdicts:
         """The verdicts on this device so far, by kernel."""
         self.start()
         self._looked.wait(_FIRST_LOOK)
-        here = self._like(device)
         with self._news:
-            return dict(self._known.get(here, {}))
+            return dict(self._known.get(self._like(device), {}))
 
     def open(self, device: str) -> list[str]:
         """The kernels whose verdict on this device is still to come."""
@@ -108,8 +107,7 @@ class Verdicts:
 
     def outcomes(self) -> dict[str, str]:
         """Kernel name → outcome on the main device, "open" where it is still to come."""
-        device = self._read_machine().main_device.name
-        known = self.known(device)
+        known = self.known(self._read_machine().main_device.name)
         return {name: known[name].outcome if name in known else "open" for name in self._kernels}
 
     def refused(self, device: str) -> dict[str, str]:
@@ -162,8 +160,7 @@ class Verdicts:
         self, device: str, say: Callable[[str], None] = lambda _name: None, check: Callable[[], None] = lambda: None
     ) -> dict[str, KernelVerdict]:
         """The verdict on every kernel; waits for those that are still to come. say, check: as for `wait`."""
-        self.start()
-        self._looked.wait(_FIRST_LOOK)
+        self.known(device)
         self._wait_for(self._like(device), list(self._kernels), say, check)
         return self.known(device)
 
@@ -200,6 +197,9 @@ class Verdicts:
     def _verdict(self, device: Device, name: str) -> KernelVerdict | None:
         with self._news:
             return self._known.get(device, {}).get(name)
+
+    def _to_be_found(self, device: Device, name: str) -> bool:
+        return self._verdict(device, name) is None
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive() and not self._ending.is_set()
@@ -285,7 +285,7 @@ class Verdicts:
         except Exception as error:  # the probe as a whole (a full disk): nothing is known of these, and others follow
             log.exception("Attune: the probe of %s failed; they are not used", ", ".join(names))
             unknown = KernelVerdict("undecided", f"the probe failed ({type(error).__name__}: {error})")
-            found = {name: unknown for name in names if self._verdict(device, name) is None}
+            found = {name: unknown for name in names if self._to_be_found(device, name)}
         self._keep(device, found)
         said = ", ".join(f"{name} {verdict.outcome}" for name, verdict in found.items())
         log.info("Attune: tried on %s: %s. `attune doctor` says what to do about the others.", device.name, said)

@@ -6,12 +6,13 @@ FlashAttention 3), flash-attn-4 4.0.0b4 to 4.0.0b36 (flash_attn/cute/interface.p
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 
 from ..attention.call import AttentionCall, Layout
-from ..attention.kernel import Kernel, MachineRule, Needs, Run
+from ..attention.kernel import Kernel, MachineRule, Needs, Run, RunLse
 from ..attention.machine import Device, Machine
 from ._common import (
     EXACT,
@@ -51,6 +52,34 @@ def _loader(name: str, package: str, module: str, *package_rules: MachineRule) -
             # Early builds of FlashAttention 3 return (out, log-sum-exp), FlashAttention 4 always does.
             result: torch.Tensor = out[0] if isinstance(out, tuple) else out
             return result
+
+        return on_device(run)
+
+    return load
+
+
+def _lse_loader(name: str, package: str, module: str, *package_rules: MachineRule) -> Callable[[], RunLse]:
+    def load() -> RunLse:
+        attend = source(name, package, module, package_rules).flash_attn_func
+        known = inspect.signature(attend).parameters
+        # FlashAttention 2 and later builds of 3, FlashAttention 4; early builds of 3 are not asked.
+        asked = {option: True for option in ("return_attn_probs", "return_lse") if option in known}
+
+        def run(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            *,
+            mask: torch.Tensor | None = None,
+            scale: float | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if mask is not None:
+                raise ValueError("FlashAttention takes no mask")
+            q, scale = upright(q, scale)
+            out = attend(rows(q), rows(k), rows(v), softmax_scale=scale, **asked)
+            if not isinstance(out, tuple) or out[1] is None:
+                raise RuntimeError(f"this build of {package} gives no log-sum-exp")
+            return out[0], out[1]
 
         return on_device(run)
 
@@ -108,6 +137,7 @@ KERNELS = (
         precision="exact",
         tolerance=_TOLERANCE,
         load=_loader("flash2", "flash_attn", "flash_attn", _really_version_2),
+        load_lse=_lse_loader("flash2", "flash_attn", "flash_attn", _really_version_2),
         needs=Needs(
             sm=(((8, 0), (999, 9)),),
             head_dims=range(1, 257),
@@ -127,6 +157,7 @@ KERNELS = (
         precision="exact",
         tolerance=_TOLERANCE,
         load=_loader("flash3", "flash_attn_interface", "flash_attn_interface"),
+        load_lse=_lse_loader("flash3", "flash_attn_interface", "flash_attn_interface"),
         # Its source accepts sm_80 and newer, its builds hold Hopper's kernels; elsewhere its check ends the process.
         needs=Needs(sm=(((9, 0), (9, 0)),), head_dims=range(8, 257, 8), gqa=True, machine_rules=chosen()),
         install="build the folder hopper of github.com/Dao-AILab/flash-attention",
@@ -141,6 +172,7 @@ KERNELS = (
         precision="exact",
         tolerance=_TOLERANCE,
         load=_loader("flash4", "flash_attn.cute", "flash_attn.cute.interface", _really_version_4),
+        load_lse=_lse_loader("flash4", "flash_attn.cute", "flash_attn.cute.interface", _really_version_4),
         needs=Needs(
             sm=(((8, 0), (12, 9)),),
             head_dims=range(8, 257, 8),

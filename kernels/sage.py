@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -71,10 +71,13 @@ def _load_1() -> Run:
     return on_device(run)
 
 
-def _loader_2(kernel: str, name: str, **options: Any) -> Callable[[], Run]:
-    """`sageattn_qk_int8_pv_<name>`; on Hopper the function written for it takes the place of fp8_cuda."""
+def _loader_2(kernel: str, name: str, **options: Any) -> Callable[[], Any]:
+    """`sageattn_qk_int8_pv_<name>`; on Hopper the function written for it takes the place of fp8_cuda.
 
-    def load() -> Run:
+    It returns a RunLse with `return_lse` among the options, a Run without.
+    """
+
+    def load() -> Any:
         function = _function(kernel, f"sageattn_qk_int8_pv_{name}")
         on_hopper = functools.cache(lambda: _function(kernel, "sageattn_qk_int8_pv_fp8_cuda_sm90"))
 
@@ -85,7 +88,7 @@ def _loader_2(kernel: str, name: str, **options: Any) -> Callable[[], Run]:
             *,
             mask: torch.Tensor | None = None,
             scale: float | None = None,
-        ) -> torch.Tensor:
+        ) -> Any:
             _no_mask(mask)
             q, scale = upright(q, scale)
             attend, extra = function, options
@@ -97,7 +100,7 @@ def _loader_2(kernel: str, name: str, **options: Any) -> Callable[[], Run]:
                 extra = {**options, "qk_quant_gran": "per_warp"}
             return attend(rows(q), rows(k), rows(v), tensor_layout="NHD", sm_scale=scale, **extra)
 
-        return on_device(run)
+        return on_device(cast(Run, run))
 
     return load
 
@@ -135,7 +138,8 @@ _IS_2 = needs_version("sageattention", at_least="2", why="SageAttention 1 has no
 def _kernel_2(
     name: str,
     title: str,
-    load: Callable[[], Run],
+    function: str,
+    options: dict[str, str],
     sm: tuple[tuple[Capability, Capability], ...],
     error: float,
     *rules: Callable[[Device, Machine], str | None],
@@ -147,7 +151,8 @@ def _kernel_2(
         layout=Layout.BNHD,
         precision="lossy",
         tolerance=dict.fromkeys(HALF, error),
-        load=load,
+        load=_loader_2(name, function, **options),
+        load_lse=_loader_2(name, function, return_lse=True, **options),
         needs=Needs(
             sm=sm,
             head_dims=range(1, 129),
@@ -193,28 +198,32 @@ KERNELS = (
     _kernel_2(
         "sage2_fp16_triton",
         "SageAttention 2 (16-bit PV, Triton)",
-        _loader_2("sage2_fp16_triton", "fp16_triton"),
+        "fp16_triton",
+        {},
         _TRITON,
         0.04,
     ),
     _kernel_2(
         "sage2_fp16_cuda",
         "SageAttention 2 (16-bit PV, CUDA)",
-        _loader_2("sage2_fp16_cuda", "fp16_cuda", pv_accum_dtype="fp32"),
+        "fp16_cuda",
+        {"pv_accum_dtype": "fp32"},
         _FP16,
         0.04,
     ),
     _kernel_2(
         "sage2_fp8_cuda",
         "SageAttention 2 (8-bit PV, CUDA)",
-        _loader_2("sage2_fp8_cuda", "fp8_cuda", pv_accum_dtype="fp32+fp32"),
+        "fp8_cuda",
+        {"pv_accum_dtype": "fp32+fp32"},
         _FP8,
         0.07,
     ),
     _kernel_2(
         "sage2_fp8_cuda_pp",
         "SageAttention 2++ (8-bit PV, 16-bit accumulator)",
-        _loader_2("sage2_fp8_cuda_pp", "fp8_cuda", pv_accum_dtype="fp32+fp16"),
+        "fp8_cuda",
+        {"pv_accum_dtype": "fp32+fp16"},
         _PP,
         0.1,
         # Before 2.2.0 the accumulator is unknown, and an unknown one returns uninitialised memory without an error.

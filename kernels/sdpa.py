@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention.call import AttentionCall, Layout
-from ..attention.kernel import Kernel, Needs, Run
+from ..attention.kernel import Kernel, Needs, Run, RunLse
 from ..attention.machine import Device, Machine
 from ._common import (
     ANY_MASK,
@@ -26,6 +26,7 @@ from ._common import (
     parse_version,
     upright,
 )
+from ._sdpa_lse import any_lse, cudnn_lse, efficient_lse, flash_lse
 from ._sdpa_memory import any_bytes, fused, fused_bytes, math_bytes
 
 # The grid of the CUDA kernels has the batch in a dimension of 16 bits; the host splits at the same number.
@@ -178,6 +179,7 @@ def _kernel(
     needs: Needs,
     memory: Callable[[AttentionCall], int],
     needs_proof: bool = True,
+    lse: RunLse | None = None,
 ) -> Kernel:
     return Kernel(
         name=name,
@@ -191,6 +193,7 @@ def _kernel(
         url=_URL,
         needs_proof=needs_proof,
         workspace_bytes=memory,
+        load_lse=None if lse is None else lambda: lse,
     )
 
 
@@ -209,6 +212,7 @@ KERNELS = (
         ),
         any_bytes,
         needs_proof=False,
+        lse=any_lse,
     ),
     _kernel(
         "sdpa_flash",
@@ -228,6 +232,7 @@ KERNELS = (
             ),
         ),
         fused_bytes,
+        lse=flash_lse,
     ),
     _kernel(
         "sdpa_efficient",
@@ -242,6 +247,7 @@ KERNELS = (
             call_rules=(_v_dim_by_8,),
         ),
         fused_bytes,
+        lse=efficient_lse,
     ),
     _kernel(
         "sdpa_cudnn",
@@ -257,6 +263,7 @@ KERNELS = (
             call_rules=(_few_kv_heads,),
         ),
         fused_bytes,
+        lse=cudnn_lse,
     ),
     _kernel(
         "sdpa_math",

@@ -12,7 +12,7 @@ from .run_cells import in_ranges, kernel_summary, phases, title
 KIND = "attune run"
 SCHEMA = 1
 HOW_TO_TIME = "switch on time_calls on the Attention Selector"
-_HOW_TO_TIME_A_PIPELINE = "attune.apply a Rule with timed=True"
+_HOW_TO_TIME_A_PIPELINE = "give attune.apply a Rule with timed=True"
 _MOST = 12  # lines of one list
 _NEEDED = (
     "status", "model", "machine", "stage", "observed", "kernels", "plans", "patterns", "steps", "events", "notes",
@@ -46,7 +46,8 @@ def read_run(path: Path) -> dict[str, Any]:
 def device_line(run: dict[str, Any]) -> str:
     machine = run["machine"]
     devices = ", ".join(one["title"] if one["name"] != "cpu" else "CPU" for one in machine["devices"])
-    own = f"ComfyUI's own attention: {machine['host_attention']}" if machine["host_attention"] else ""
+    whose = "the pipeline's" if _of_a_pipeline(run) else "ComfyUI's"
+    own = f"{whose} own attention: {machine['host_attention']}" if machine["host_attention"] else ""
     return ", ".join(part for part in (devices, f"torch {machine['torch']}", own) if part)
 
 

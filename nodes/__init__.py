@@ -7,10 +7,9 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..attention.listing import kernel_rows
-from ..host.comfyui import default_account, start, switched_off
-from ..host.process import kernels, machine, verdicts
-from ..host.server import add_routes, watch_prompts
+from ..host.comfyui import start, switched_off
+from ..host.routes import add_routes
+from ..host.server import watch_prompts
 from .aliases import DeleteModelPassthrough, PatchFlashAttentionKJ, PathchSageAttentionKJ, Sage3AttentionOnlySwitch
 from .benchmark import AttentionBenchmark
 from .capture import AttentionCapture
@@ -123,15 +122,10 @@ async def _register_replacements() -> None:
         await register(io.NodeReplace(**replacement))
 
 
-def _kernel_rows() -> list[dict[str, Any]]:
-    """Every kernel in this process. Switched off, the pack tries none."""
-    return kernel_rows(kernels(), machine(), {} if switched_off() else verdicts().outcomes())
-
-
 class AttuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         try:
-            add_routes(_kernel_rows, default_account)
+            add_routes()
             if not switched_off():
                 watch_prompts()
             await _register_replacements()

@@ -159,7 +159,7 @@ def _by_heads(module: Any, q: torch.Tensor, mask: torch.Tensor | None) -> tuple[
     if mask.ndim < 3:
         return heads, mask[(None,) * (4 - mask.ndim)]
     # (B·H, N, M), or one that broadcasts to it
-    return heads, mask[None] if mask.shape[0] == 1 else mask.unflatten(0, (-1, heads))
+    return heads, mask[None] if mask.shape[0] == 1 else mask.reshape(-1, heads, *mask.shape[1:])
 
 
 def _wide(module: Any, q: torch.Tensor) -> bool:
@@ -179,10 +179,11 @@ def without_scores(
     heads, mask = _by_heads(module, q, mask)
     dtype, wide, given = q.dtype, _wide(module, q), getattr(module, "scale", None)
     scale = None if given is None else float(given)
-    q, k, v = (t.unflatten(0, (-1, heads)) for t in (q, k, v))
+    q, k, v = (t.reshape(-1, heads, *t.shape[1:]) for t in (q, k, v))  # views; unflatten() is nothing for a full graph
     if mask is not None and mask.dtype not in (torch.bool, dtype):
         mask = mask.to(dtype)
-    session = getattr(CURRENT.get(), "session", None)  # while the router leaves a call to us it is not there
+    # While the router leaves a call to us it is not there.
+    session = None if is_compiling() else getattr(CURRENT.get(), "session", None)
 
     def attend(some: slice, joined: bool) -> torch.Tensor:
         """The call for some of the heads."""
@@ -235,7 +236,9 @@ def own_attention(module: Any, original: Callable[..., torch.Tensor]) -> Callabl
         **more: Any,
     ) -> torch.Tensor:
         fits = query.ndim == key.ndim == value.ndim == 3 and query.shape[0] % int(module.heads) == 0
-        if not fits or CURRENT.get() is None:
+        # In a graph nobody can be asked: what is called there asks when it runs.
+        routed = is_compiling() or getattr(CURRENT.get(), "router", None) is not None
+        if not (fits and routed):
             return original(query, key, value, attention_mask, *rest, **more)
         return without_scores(module, query, key, value, attention_mask, joined=True)
 

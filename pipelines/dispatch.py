@@ -5,6 +5,7 @@ It is one more entry in diffusers' own table, there while a pipeline is patched,
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from ..attention.session import CURRENT
 from .calls import PLACE, sdpa
+from .process import kernels
+from .ring import step
 
 NAME = "attune"
 _users: list[Any] = []  # what is there once for each pipeline that needs the entry
@@ -63,21 +66,61 @@ def unregister(user: Any) -> None:
     del names._member_map_[NAME.upper()], names._value2member_map_[NAME]
     for kept in (registry._backends, registry._constraints, registry._supported_arg_names):
         kept.pop(member, None)
-    getattr(registry, "_supports_context_parallel", set()).discard(NAME)
+    parallel = getattr(registry, "_supports_context_parallel", {})
+    if isinstance(parallel, dict):  # as in diffusers' sources before 0.36
+        parallel.pop(member, None)
+    else:
+        parallel.discard(NAME)
+
+
+def _backend_before() -> Any:
+    """The name of the back end that the processor would have used."""
+    table, place = _registry(), PLACE.get() or {}
+    name = place.get("backend") or table._AttentionBackendRegistry._active_backend
+    return table.AttentionBackendName.NATIVE if name == NAME else table.AttentionBackendName(name)
 
 
 def _earlier(arguments: dict[str, Any], parallel: Any = None) -> torch.Tensor:
     """The call by the back end that the processor would have used."""
-    table = _registry()
-    registry, place = table._AttentionBackendRegistry, PLACE.get() or {}
-    name = place.get("backend") or registry._active_backend
-    if name == NAME:
-        name = table.AttentionBackendName.NATIVE
-    name = table.AttentionBackendName(name)
+    registry, name = _registry()._AttentionBackendRegistry, _backend_before()
     given = {**arguments, "_parallel_config": parallel}
     known = registry._supported_arg_names[name]
     out: torch.Tensor = registry._backends[name](**{key: value for key, value in given.items() if key in known})
     return out
+
+
+def _earlier_step(
+    ctx: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of a ring by that back end's own function for it: (output (B, N, H, D), log-sum-exp (B, N, H))."""
+    table, name = _registry(), _backend_before()
+    if name == table.AttentionBackendName.NATIVE and not dropout_p:
+        # PyTorch's attention, which diffusers cannot ask for a log-sum-exp.
+        load = kernels()["sdpa"].load_lse
+        assert load is not None
+        out, lse = load()(*(t.transpose(1, 2) for t in (query, key, value)), mask=mask, scale=scale)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+    mentioned = table._AttentionBackendRegistry._backends[name].__code__.co_names
+    step_of = next((getattr(table, word) for word in mentioned if word.endswith("_forward_op")), None)
+    if step_of is None:
+        raise ValueError(f"diffusers' back end {name.value} cannot compute ring attention")
+    out, lse = step_of(ctx, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, True, **options)
+    return out, lse.reshape(lse.shape[:3])  # some give it a fourth dimension, of one
+
+
+def _in_four_dimensions(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """A (B, M) mask, which hides keys, as one that broadcasts; others as they are."""
+    hides_keys = mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1])
+    return mask[:, None, None] if mask is not None and hides_keys else mask
 
 
 def _attend(
@@ -105,9 +148,7 @@ def _attend(
         forward = CURRENT.get()
         if forward is None or forward.router is None:
             return _earlier(arguments)
-    mask = attn_mask
-    if mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
-        mask = mask[:, None, None]
+    mask = _in_four_dimensions(attn_mask, query, key)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     more = {"enable_gqa": True} if enable_gqa else {}
     out = sdpa(q, k, v, mask, dropout_p, is_causal, scale, host=lambda: _earlier(arguments).transpose(1, 2), **more)
@@ -115,7 +156,7 @@ def _attend(
 
 
 def _forward_op(
-    _ctx: Any,
+    ctx: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -127,11 +168,29 @@ def _forward_op(
     return_lse: bool = False,
     _save_ctx: bool = True,
     _parallel_config: Any = None,
-) -> torch.Tensor:
-    """One process's share of a call, for diffusers' templates of context parallelism."""
-    if return_lse:
-        raise ValueError("attune gives no log-sum-exp")
-    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+) -> Any:
+    """One process's share of a call, for diffusers' templates of context parallelism; of a ring, one step of it."""
+    if not return_lse:
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    mask = _in_four_dimensions(attn_mask, query, key)
+    arguments = (query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+    out, lse = step(
+        query,
+        key,
+        value,
+        mask,
+        dropout_p,
+        scale,
+        lambda: _earlier_step(ctx, *arguments, _save_ctx=_save_ctx, _parallel_config=_parallel_config),
+    )
+    return out, lse[..., None] if _wants_four_dimensions() else lse
+
+
+@functools.cache
+def _wants_four_dimensions() -> bool:
+    """0.37 expects what cuDNN gives from torch 2.9 on, of every back end; others take three dimensions."""
+    ring = _registry().TemplatedRingAttention.forward
+    return "is_torch_version" in ring.__code__.co_names and torch.__version__ >= (2, 9)
 
 
 def _no_backward(*_arguments: Any, **_more: Any) -> Any:
@@ -153,11 +212,12 @@ def _parallel(
     """`_attend`, spread over processes where diffusers asks for it."""
     if _parallel_config is None:
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if return_lse or getattr(_parallel_config.context_parallel_config, "ring_degree", 1) > 1:
-        # A ring joins the shares by their log-sum-exp, which no kernel here gives: the pipeline's own back end does it.
-        forward = CURRENT.get()
-        if forward is not None and forward.router is not None:
-            forward.session.record.note("ring attention is left to diffusers' own back end; Ulysses is not")
+    forward = CURRENT.get()
+    routed = forward is not None and forward.router is not None
+    if torch.compiler.is_compiling():  # a graph has no place for the log-sum-exp of our kernels
+        routed = _parallel_config.context_parallel_config.ring_degree == 1
+    wants_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if return_lse or wants_gradient or not routed:
         arguments = {
             "query": query,
             "key": key,
@@ -170,6 +230,7 @@ def _parallel(
             "return_lse": return_lse,
         }
         return _earlier(arguments, _parallel_config)
+    # Every process has to go this way: what one of them finds about a kernel must not change what is sent.
     out: torch.Tensor = _registry()._templated_context_parallel_attention(
         query,
         key,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,11 +16,11 @@ from typing import Any, Literal
 import torch
 
 from ..attention.policy import Policy, Rule
-from ..host.runs import RunInfo
 from ..measure.run_text import runs_text
 from .alike import alike
 from .models import models_of, places
-from .process import machine, switched_off
+from .process import switched_off
+from .runs import Run
 from .standing import NAME, Standing
 
 log = logging.getLogger("attune")
@@ -28,9 +30,9 @@ _NO_RUN = "There is no run to report: call the pipeline first."
 _OFF = "ATTUNE=off: the pack does nothing, and the pipeline is unchanged."
 
 
-def run_data(runs: Iterable[RunInfo]) -> list[dict[str, Any]]:
+def run_data(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Runs as plain data, for JSON and for reports."""
-    return [run.as_data(machine()) for run in runs]
+    return [run.data() for run in runs]
 
 
 class Handle:
@@ -39,10 +41,12 @@ class Handle:
     `runs` are the calls of the pipeline since, the last 50. `models` names the models whose attention is covered.
     """
 
-    def __init__(self, pipe: Any, policy: Policy) -> None:
+    def __init__(self, pipe: Any, policy: Policy, text_encoders: bool, foreign: str) -> None:
         self.policy = policy
-        self.runs: deque[RunInfo] = deque(maxlen=_KEPT)
-        self._pipe: Any = pipe
+        self.text_encoders = text_encoders
+        self.foreign = foreign
+        self.runs: deque[Run] = deque(maxlen=_KEPT)
+        self._pipe = weakref.ref(pipe)
         self._standing: Standing | None = None
         self._remarks: list[str] = []
 
@@ -74,15 +78,11 @@ class Handle:
         if standing is None:
             return
         self._remarks = list(standing.notes)
-        if (outside := standing.outside()) is not None:
-            self.runs.append(outside)
-        standing.handles.remove(self)
-        standing.rules_changed()
-        if not standing.handles:
-            standing.fall()
-            if getattr(type(self._pipe), NAME, False):
-                self._pipe.__class__ = standing.pipe_class
-            vars(self._pipe).pop(NAME, None)
+        standing.remove(self)
+        if not standing.handles and (pipe := self._pipe()) is not None:
+            if getattr(type(pipe), NAME, False):
+                pipe.__class__ = standing.pipe_class
+            vars(pipe).pop(NAME, None)
 
 
 def _class_with_runs(kind: type) -> type:
@@ -97,7 +97,12 @@ def _class_with_runs(kind: type) -> type:
             return original(self, *args, **kwargs)
         return standing.call(self, original, args, kwargs)
 
-    return alike(kind, __call__=__call__, **{NAME: True})
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = twin = object.__new__(kind)
+        vars(twin).update({key: copy.deepcopy(value, memo) for key, value in vars(self).items() if key != NAME})
+        return twin
+
+    return alike(kind, __call__=__call__, __deepcopy__=__deepcopy__, **{NAME: True})
 
 
 def _policy(kernel: str | Rule | Policy) -> Policy:
@@ -143,7 +148,7 @@ def apply(
     _check_pipeline(pipe)
     if foreign not in ("wrap", "leave"):
         raise ValueError(f"foreign={foreign!r} means nothing; wanted 'wrap' or 'leave'.")
-    handle = Handle(pipe, policy)
+    handle = Handle(pipe, policy, text_encoders, foreign)
     if switched_off():
         handle._remarks.append(_OFF)
         return handle
@@ -154,13 +159,10 @@ def apply(
             handle._remarks.append(text)
             log.log(logging.DEBUG if quiet else logging.WARNING, "Attune: %s", text)
             return handle
-        standing = Standing(pipe, text_encoders, foreign == "wrap")
+        standing = Standing(pipe)
         vars(pipe)[NAME] = standing
         pipe.__class__ = _class_with_runs(type(pipe))
-    standing.text_encoders |= text_encoders
-    standing.handles.append(handle)
-    standing.rules_changed()
-    standing.hooks.stand(models_of(pipe, standing.text_encoders))
+    standing.add(handle)
     handle._standing = standing
     return handle
 

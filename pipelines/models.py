@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from .changes import compiled, wrapped
 
 _CALLS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+METHODS = ("forward", "decode", "encode")  # what pipelines call of a model
 _OWN = ["query", "key", "value", "attention_mask"]
+_PACKAGES = {"sage": "sage", "flash": "flash", "aiter": "flash", "xformers": "xformers"}
 # Parts of a path in the order in which they run: a UNet registers its middle last.
 _ORDER = {"down_blocks": 0, "transformer_blocks": 0, "mid_block": 1, "up_blocks": 2, "single_transformer_blocks": 2}
 
@@ -32,19 +40,30 @@ def models_of(pipe: Any, text_encoders: bool = False) -> dict[str, torch.nn.Modu
 
 def is_encoder(model: torch.nn.Module) -> bool:
     """Is it a model of transformers, or built on one?"""
-    model = bare(model)
-    return any(base.__module__.partition(".")[0] == "transformers" for base in type(model).__mro__)
+    bases = type(bare(model)).__mro__  # peft's models have a base of transformers that is no module
+    return any(
+        base.__module__.partition(".")[0] == "transformers" for base in bases if issubclass(base, torch.nn.Module)
+    )
 
 
 def bare(model: Any) -> Any:
-    """The module behind what torch.compile(model) returns."""
-    return getattr(model, "_orig_mod", model)
+    """The module behind what torch.compile(model) or peft.get_peft_model(model, …) returns."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and callable(getattr(type(model), "get_base_model", None)):
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
     """Was it, or a part of it, given to torch.compile?"""
-    return bare(model) is not model or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in bare(model).modules()
+    return any(
+        "_orig_mod" in module._modules
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or any(compiled(one) for name in METHODS for one in wrapped(vars(module).get(name)))
+        for module in model.modules()
     )
 
 
@@ -54,6 +73,7 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
+@functools.cache  # a pipeline's modules are looked through at each of its calls
 def _mentions(function: Any) -> bool:
     code = getattr(inspect.unwrap(function), "__code__", None)
     return isinstance(code, CodeType) and bool(_CALLS & _names(code))
@@ -108,6 +128,33 @@ def foreign(processor: Any) -> str:
     if "IPAdapter" in name:
         return f"{name} (IP-Adapter)"
     return "" if package == "diffusers" else f"{name} of {type(processor).__module__}"
+
+
+def processor_of(module: torch.nn.Module) -> Any:
+    """The module's attention processor, which may be a module itself; None where it has none."""
+    found = vars(module).get("processor")
+    return module._modules.get("processor") if found is None else found
+
+
+def wants_gradients(model: torch.nn.Module, inputs: Any) -> bool:
+    """May somebody ask for gradients of what this model makes of these inputs?"""
+    if not torch.is_grad_enabled():
+        return False
+    given = (one for one in tree_leaves(inputs) if isinstance(one, torch.Tensor))
+    return any(one.requires_grad for one in itertools.chain(given, model.parameters()))
+
+
+def package_of(backend: Any) -> str:
+    """Whose kernels a back end of diffusers calls, as `Machine.host_attention` names them; "" for PyTorch's own.
+
+    backend: its name; None for the one that diffusers uses where none is named.
+    """
+    if backend is None:
+        backend = sys.modules["diffusers.models.attention_dispatch"]._AttentionBackendRegistry._active_backend
+    name = str(getattr(backend, "value", backend))
+    if name.lstrip("_").startswith(("native", "flex", "attune")):
+        return ""
+    return next((package for word, package in _PACKAGES.items() if word in name), name)
 
 
 def holders(module: Any) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,15 +13,18 @@ import torch
 from ..attention.kernel import Kernel
 from ..attention.link import HostLink
 from ..attention.machine import Machine, read_machine
-from ..attention.timings import Timings
+from ..attention.plan import HOST
+from ..attention.policy import FAMILIES
 from ..doctor.hub import announce
 from ..doctor.store import home
 from ..host.memory import spare_bytes
-from ..host.timings import fingerprint, load, save, tuning_wanted
+from ..host.timings import Kept
 from ..host.verdicts import OPEN, Verdicts
 from ..kernels import KERNELS
 
 PACK = Path(__file__).absolute().parents[1]
+# The kernels here that a back end of diffusers calls: the first one that this machine takes.
+_CALLED = {"sage": FAMILIES["sage"], "flash": ("flash2",), "xformers": ("xformers", "xformers_cutlass")}
 UNTRIED = "has no verdict on this machine yet; `attune doctor` tries it"
 
 
@@ -30,9 +34,14 @@ def switched_off() -> bool:
 
 
 @functools.cache
-def machine() -> Machine:
+def _machine() -> Machine:
     announce(home(PACK))
     return read_machine()
+
+
+def machine(own: str = "") -> Machine:
+    """This machine. `own`: what a pipeline computes attention with by itself, as `Machine.host_attention` names it."""
+    return replace(_machine(), host_attention=own) if own else _machine()
 
 
 @functools.cache
@@ -47,34 +56,33 @@ def verdicts() -> Verdicts:
     return Verdicts(KERNELS, machine, PACK, home(PACK), lambda: True)
 
 
-def refused(device: str) -> dict[str, str]:
-    """Kernel name → why it may not be called on this device now."""
-    return {name: UNTRIED if why == OPEN else why for name, why in verdicts().refused(device).items()}
-
-
-TIMINGS = Timings() if tuning_wanted() else None
-
-
-@functools.cache
-def _timings_of() -> str:
-    """The fingerprint that measurements are kept under; what is kept under it is read now."""
-    assert TIMINGS is not None
-    found = fingerprint(machine(), kernels().values())
-    load(TIMINGS, home(PACK), found)
+def refused(own: str, device: str) -> dict[str, str]:
+    """Kernel name → why it may not be called on this device now. HOST is what the pipeline itself calls, `own`."""
+    found = {name: UNTRIED if why == OPEN else why for name, why in verdicts().refused(device).items()}
+    known = verdicts().known(device)
+    name = next((name for name in _CALLED.get(own, ()) if name in known and not known[name].reasons), "")
+    if name in found:
+        found[HOST] = f"the pipeline's own attention is {name} here, and {found[name]}"
     return found
 
 
-def recall_timings() -> Timings | None:
-    """What `auto` has measured here, also in earlier processes; None where it is not to measure anything."""
-    if TIMINGS is not None:
-        _timings_of()
-    return TIMINGS
+@functools.cache
+def measured(own: str = "") -> Kept:
+    """What `auto` has measured for pipelines that compute attention by `own`: it compares kernels with that."""
+    return Kept(lambda: home(PACK), lambda: (machine(own), kernels().values()))
 
 
-def keep_timings() -> None:
-    """Write down what was measured since the last time."""
-    if TIMINGS is not None and TIMINGS.changed:
-        save(TIMINGS, home(PACK), _timings_of())
+@functools.cache
+def link(own: str = "") -> HostLink:
+    """What a router needs to know, for pipelines that compute attention by `own`."""
+    return HostLink(
+        interrupts=(KeyboardInterrupt,),
+        free_memory=_free_memory,
+        free_bytes=_free_bytes,
+        refused=functools.partial(refused, own),
+        timings=measured(own).timings,
+        spare_bytes=spare_bytes,
+    )
 
 
 def _free_memory() -> None:
@@ -90,13 +98,3 @@ def _free_bytes(device: str) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(here)
     return int(free + torch.cuda.memory_reserved(here) - torch.cuda.memory_allocated(here))
-
-
-LINK = HostLink(
-    interrupts=(KeyboardInterrupt,),
-    free_memory=_free_memory,
-    free_bytes=_free_bytes,
-    refused=refused,
-    timings=TIMINGS,
-    spare_bytes=spare_bytes,
-)

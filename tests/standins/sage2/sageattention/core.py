@@ -16,7 +16,7 @@ CALLS: list[dict] = []
 
 def _attend(name, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, scale_first, v_dtype=None, **recorded):
     CALLS.append({"name": name, "tensor_layout": tensor_layout, "sm_scale": sm_scale, **recorded})
-    _pretend.not_modelled(is_causal=(is_causal, False), return_lse=(return_lse, False))
+    _pretend.not_modelled(is_causal=(is_causal, False))
     assert q.dtype in [torch.float16, torch.bfloat16], (
         "Input tensors must be in dtype of torch.float16 or torch.bfloat16"
     )
@@ -40,10 +40,11 @@ def _attend(name, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, scale
         v = v.to(v_dtype)
     if tensor_layout == "NHD":
         q, k, v = _pretend.bhnd(q, k, v)
-    out, _ = _pretend.attend(q, k, v, scale, scale_first=scale_first)
+    out, lse = _pretend.attend(q, k, v, scale, scale_first=scale_first)
     if tensor_layout == "NHD":
         out = out.transpose(1, 2).contiguous()
-    return out[..., :head_dim_og]
+    out = out[..., :head_dim_og]
+    return (out, lse) if return_lse else out  # (B, H, N) in either layout
 
 
 def sageattn(
