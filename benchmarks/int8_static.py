@@ -19,9 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "benchmarks" / "static"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# Kernel and width; "mask": a bool mask over queries and keys, and with "float" one of numbers.
+# Kernel and width; "mask": a bool mask over queries and keys, and with "float" one of numbers; "short": few keys.
 SHIPPED = tuple(
-    f"{kind}-{width}{mask}" for kind in ("attend", "exact") for width in (64, 128, 256) for mask in ("", "-mask")
+    f"{kind}-{width}{rest}"
+    for kind, short in (("attend", ""), ("attend", "-short"), ("exact", ""))
+    for width in (64, 128, 256)
+    for rest in (short, f"-mask{short}")
 )
 # "padded": fewer channels than the width; "fp32": inputs in float32; "pointers": where strides suit no descriptor.
 VARIANTS = (
@@ -54,7 +57,8 @@ def candidates(name: str, target: str) -> tuple[Any, ...]:
 
     kind, width, *rest = name.split("-")
     capability = divmod(int(target.removeprefix("sm_")), 10)
-    return tiles.candidates_for(tiles.EXACT if kind == "exact" else tiles.INT8, capability, int(width), "mask" in rest)
+    table = tiles.EXACT if kind == "exact" else tiles.SHORT if "short" in rest else tiles.INT8
+    return tiles.candidates_for(table, capability, int(width), "mask" in rest)
 
 
 def make_case(name: str, target: str, tile: Any = None) -> Any:

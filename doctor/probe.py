@@ -32,7 +32,7 @@ LIMIT = 300.0  # seconds for one kernel: Triton and CuTe compile a kernel for ev
 PATIENCE = 100.0  # seconds without a step forward after which a child counts as hung
 START = 120.0  # seconds until the package's import begins: torch is imported and the GPU made ready, on slow disks too
 KEPT = 8  # verdicts per kernel: several GPUs and Pythons may share one user folder
-CHECKS = 1  # raise it when the trials change, so that everything is proved again
+CHECKS = 2  # raise it when the trials change, so that everything is proved again
 
 Verdicts = dict[str, dict[str, KernelVerdict]]  # kernel → fingerprint → verdict, oldest first
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -77,18 +78,32 @@ def hopper(monkeypatch: pytest.MonkeyPatch):
     tuning.tile_on.cache_clear()
 
 
+def taken(dim: int, masked: bool = False, index: int = 0, short: bool = False) -> Tile:
+    return tuning.tile_on("attune_int8", index, dim, masked, short)
+
+
+@pytest.mark.parametrize("gpu", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_values_stay_in_16_bits_where_keys_are_few(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "capability_of", lambda _index: gpu)
+    tuning.tile_on.cache_clear()
+    for dim, masked in itertools.product((64, 128, 256), (False, True)):
+        assert not taken(dim, masked, short=True).fp8
+        assert taken(dim).fp8 is (gpu >= (8, 9))
+    tuning.tile_on.cache_clear()
+
+
 def test_the_fastest_tile_is_found_and_then_taken(hopper) -> None:
     tiles = candidates_for(INT8, (9, 0), 128, False)
     assert len(tiles) > 1
     found, steps = refine({tiles[-1]: 0.5})
     assert found["128"] == str(tiles[-1])
     assert any(str(tiles[-1]) in step for step in steps)
-    assert tuning.tile_on("attune_int8", 0, 128, False) == tiles[0]  # until it is said so
+    assert taken(128) == tiles[0]  # until it is said so
     tuning.use("attune_int8", GPU, found)
-    assert tuning.tile_on("attune_int8", 0, 128, False) == tiles[-1]
-    assert tuning.tile_on("attune_int8", 0, 96, False) == tiles[-1]  # padded to 128
-    assert tuning.tile_on("attune_int8", 0, 128, True) == candidates_for(INT8, (9, 0), 128, True)[0]
-    assert tuning.tile_on("attune_int8", 1, 128, False) == tiles[0]  # the other GPU has not been asked
+    assert taken(128) == tiles[-1]
+    assert taken(96) == tiles[-1]  # padded to 128
+    assert taken(128, masked=True) == candidates_for(INT8, (9, 0), 128, True)[0]
+    assert taken(128, index=1) == tiles[0]  # the other GPU has not been asked
 
 
 def test_what_gains_nothing_is_wrong_or_fails_is_not_taken(hopper) -> None:
@@ -115,7 +130,7 @@ def refine(
 
 def test_a_choice_that_is_not_shipped_any_more_is_passed_over(hopper) -> None:
     tuning.use("attune_int8", GPU, {"128": "Tile(bm=7, bn=7, warps=1, stages=1)", "64": "", "256": "nonsense"})
-    assert tuning.tile_on("attune_int8", 0, 128, False) == candidates_for(INT8, (9, 0), 128, False)[0]
+    assert taken(128) == candidates_for(INT8, (9, 0), 128, False)[0]
     tuning.use("attune_int8", "cpu", {"128": "anything"})
 
 

@@ -62,7 +62,7 @@ def test_every_shipped_tile_has_its_report() -> None:
 
 def test_gpus_without_a_report_take_the_tiles_of_one_that_has() -> None:
     like = {(8, 7): (8, 0), (10, 3): (10, 0), (12, 1): (12, 0)}
-    for table in (tiles.INT8, tiles.EXACT):
+    for table in (tiles.INT8, tiles.SHORT, tiles.EXACT):
         for gpu, known in like.items():
             for width in tiles.WIDTHS:
                 for masked in (False, True):

@@ -17,7 +17,7 @@ from .exact import attend_exact
 from .forward import attend
 from .launched import Buffers, Described, Launch
 from .quantise import CHUNK_ROWS, HEAD_ROWS, collect_statistics, quantise
-from .tiles import Tile, at_once, chunk_plan, width_of
+from .tiles import SHORT_KEYS, Tile, at_once, chunk_plan, width_of
 from .tuning import tile_on
 
 # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, for tests.
@@ -80,7 +80,7 @@ def int8_attention(
     """
     signature = signature_of(q, k, v, mask, scale)
     if tile is None:
-        tile = tile_on("attune_int8", signature.device, q.shape[3], mask is not None)
+        tile = tile_on("attune_int8", signature.device, q.shape[3], mask is not None, k.shape[1] <= SHORT_KEYS)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _int8(signature, tile)(q, k, v, q if mask is None else mask, out)
     return out

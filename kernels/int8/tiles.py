@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 TOKENS = 128  # lengths of buffers and chunks are multiples of it; every BN divides it, in INT8 as a multiple of 32
 CHUNKS = 64  # at most so many programs for the keys of a head; they leave statistics that are added up in one go
+# Up to so many keys V stays in fp16 on every GPU: rounding errors of e4m3 have too few keys to average out over
+# (docs/int8.md), and a call that short costs little.
+SHORT_KEYS = 2048
 WIDTHS = (64, 128, 256)  # what head dimensions are padded to, in the kernels' own buffers and registers
 Capability = tuple[int, int]
 
@@ -84,6 +87,34 @@ INT8: tuple[tuple[Capability, Table], ...] = (
     ((8, 0), _AMPERE),
 )
 
+# The same for short calls.
+_SHORT: Table = {
+    **{key: tiles[:1] for key, tiles in _AMPERE.items()},
+    (256, True): (Tile(32, 32, 4, 2),),  # 32×64 goes to local memory on sm_120
+}
+_SHORT_HOPPER: Table = {
+    (64, False): (Tile(128, 128, 8, 2, tma=True),),
+    (128, False): (Tile(128, 64, 8, 2, tma=True),),
+    (256, False): (Tile(64, 64, 8, 2, tma=True),),
+    (64, True): (Tile(128, 64, 8, 2, tma=True),),
+    (128, True): (Tile(128, 64, 8, 2, tma=True),),
+    (256, True): (Tile(64, 64, 8, 2, tma=True),),
+}
+_SHORT_BLACKWELL: Table = {
+    (64, False): (Tile(128, 64, 8, 2),),
+    (128, False): (Tile(128, 64, 8, 2),),
+    (256, False): (Tile(64, 32, 8, 2),),
+    (64, True): (Tile(128, 64, 8, 2),),
+    (128, True): (Tile(128, 64, 8, 2),),
+    (256, True): (Tile(64, 32, 8, 2),),
+}
+SHORT: tuple[tuple[Capability, Table], ...] = (
+    ((12, 0), _SHORT),
+    ((10, 0), _SHORT_BLACKWELL),
+    ((9, 0), _SHORT_HOPPER),
+    ((8, 0), _SHORT),
+)
+
 # attune_bf16. `tma` holds where the tensors' strides allow it.
 _EXACT_SYNC: Table = {
     (64, False): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
@@ -149,7 +180,7 @@ def chunk_plan(kv_len: int) -> ChunkPlan:
 def candidates_for(
     tables: tuple[tuple[Capability, Table], ...], capability: Capability | None, dim: int, masked: bool
 ) -> tuple[Tile, ...]:
-    """The tiles of INT8 or EXACT worth measuring on a GPU of this compute capability, the shipped one first.
+    """The tiles of INT8, SHORT or EXACT worth measuring on a GPU of this compute capability, the shipped one first.
 
     None is a CPU, with Triton's interpreter.
     """

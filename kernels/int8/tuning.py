@@ -14,7 +14,7 @@ import torch
 
 from ...attention.errors import measure_errors
 from .._common import capability_of
-from .tiles import EXACT, INT8, Tile, candidates_for, width_of
+from .tiles import EXACT, INT8, SHORT, Tile, candidates_for, width_of
 
 TABLES = {"attune_int8": INT8, "attune_bf16": EXACT}
 _WIDTHS = (64, 128)  # without a mask: what video and image models ask for
@@ -27,10 +27,10 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tile], torch.Tensor
 
 
 @functools.lru_cache(maxsize=64)
-def tile_on(kernel: str, index: int, dim: int, masked: bool) -> Tile:
-    """The tile for calls on the GPU `index` (-1: a CPU, with Triton's interpreter)."""
-    shipped = candidates_for(TABLES[kernel], capability_of(index), dim, masked)[0]
-    return shipped if masked else _chosen.get((index, kernel, width_of(dim)), shipped)
+def tile_on(kernel: str, index: int, dim: int, masked: bool, short: bool = False) -> Tile:
+    """The tile for calls on the GPU `index` (-1: a CPU, with Triton's interpreter). short: at most SHORT_KEYS keys."""
+    shipped = candidates_for(SHORT if short else TABLES[kernel], capability_of(index), dim, masked)[0]
+    return shipped if masked or short else _chosen.get((index, kernel, width_of(dim)), shipped)
 
 
 def use(kernel: str, device: str, choice: Mapping[str, str]) -> None:
