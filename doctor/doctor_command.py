@@ -23,13 +23,13 @@ def _print(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
-def _bundle(report: Any, data: dict[str, Any]) -> dict[str, Any]:
+def bundle(report: Any, data: dict[str, Any]) -> dict[str, Any]:
     """What a bug report needs beside the findings."""
     from .report import as_text, scrub
 
     packages = {f"{found.metadata['Name']} {found.version}" for found in distributions()}
     environment = {name: value for name, value in os.environ.items() if name.startswith(_SHOWN)}
-    bundle = {
+    made = {
         "kind": "attune doctor bundle",
         "schema": 1,
         "text": as_text(report),
@@ -37,7 +37,7 @@ def _bundle(report: Any, data: dict[str, Any]) -> dict[str, Any]:
         "packages": sorted(packages, key=str.lower),
         "environment": environment,
     }
-    cleaned: dict[str, Any] = scrub(bundle)
+    cleaned: dict[str, Any] = scrub(made)
     return cleaned
 
 
@@ -74,7 +74,7 @@ def _doctor(options: argparse.Namespace) -> int:
     data = as_json(found)
     if options.bundle is not None:
         try:
-            options.bundle.write_text(json.dumps(_bundle(found, data), indent=2) + "\n", "utf-8")
+            options.bundle.write_text(json.dumps(bundle(found, data), indent=2) + "\n", "utf-8")
         except OSError as error:
             print(f"{options.bundle} could not be written ({error})", file=sys.stderr)
             return 1

@@ -15,7 +15,7 @@ from comfy.cli_args import args as launch
 from ..attention.listing import kernel_rows
 from ..attention.machine import Machine, with_memory_now
 from ..attention.plan import HOST, expand
-from ..doctor.doctor_command import _bundle
+from ..doctor.doctor_command import bundle as doctor_bundle
 from ..doctor.env_file import VARIABLE
 from ..doctor.kernel_verdict import KernelVerdict
 from ..doctor.look import report
@@ -96,7 +96,7 @@ def kernel_table() -> list[dict[str, Any]]:
 def bundle() -> str:
     """What `attune doctor --bundle` writes: the findings so far without names, folders and tokens, as JSON."""
     found = _report(_known(), with_memory_now(machine()))
-    return json.dumps(_bundle(found, as_json(found)), indent=2) + "\n"
+    return json.dumps(doctor_bundle(found, as_json(found)), indent=2) + "\n"
 
 
 def _version() -> str:

@@ -74,7 +74,7 @@ def _ended_run(request: web.Request) -> RunInfo:
     run = RUNS.numbered(int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else None
     if run is None:
         raise RefusedError(404, f"there is no run {said(number)}, or it is not among the last any more")
-    if not run.record.closed or run.status == "running":
+    if not run.ended:
         raise RefusedError(409, f"run {number} still goes on; it can be asked for when it is over")
     return run
 

@@ -43,7 +43,8 @@ class RunInfo:
     of the sampler node and all that leads to it, "" if unknown. `node_types` maps node ids to class names, `advice`
     node ids to sentences about this run. `started` is in seconds since 1970, `seconds` how long the run took. `file`:
     where it is kept on disk. `host`: "diffusers" where it was not ComfyUI. `step_ends`: for each step that has ended,
-    how many forwards there were by then and which step comes next, from 0; None where nobody tells.
+    how many forwards there were by then and which step comes next, from 0; None where nobody tells. `ended`: its record
+    is whole.
     """
 
     number: int
@@ -64,6 +65,7 @@ class RunInfo:
     file: Path | None = None
     host: str = ""
     step_ends: list[tuple[int, int]] | None = None
+    ended: bool = False
 
     def step_of(self, forward: int) -> int:
         """The step that a forward of a run that goes on belongs to, by what its sampler says after each step.
@@ -82,6 +84,7 @@ class RunInfo:
         self.seconds = time.time() - self.started
         self.record.first_step = self.record.first_step or self.first_step
         self.record.close()
+        self.ended = True
 
     def _nodes(self) -> dict[str, dict[str, Any]]:
         nodes = {}
