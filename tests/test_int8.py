@@ -262,6 +262,16 @@ def test_e4m3_is_rounded_as_pytorch_rounds_it(attend) -> None:
     assert torch.equal(attend.ask("e4m3", x), x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_constant_channel_of_any_model_changes_nothing(attend, dim: int) -> None:
+    """Its mean is subtracted; what scores are cut by must not be reached because of it."""
+    q, k, v = inputs(1, 1, 64, 300, dtype=F32)[0][..., :dim], *inputs(2, 1, 300, dim, dtype=F32, seed=1)[:2]
+    q, k, v = q[:, :, :, :dim].contiguous(), k[:1].clone(), v[:1]
+    k[..., 3] += 8192
+    out = attend("attune_int8", q, k, v, tile={"fp8": False})
+    assert relative_error(out, q, k, v, None, None) <= 0.05
+
+
 @pytest.mark.parametrize("kernel", OURS)
 def test_no_keys_at_all_give_zeros(attend, kernel: str) -> None:
     q, k, v = inputs(1, 2, 5, 64, dtype=F16)
@@ -344,7 +354,7 @@ def test_a_compiled_graph_holds_the_kernel_as_one_operator(kernel: str, monkeypa
     monkeypatch.setattr(graph, "_NAMESPACE", f"attune_test_{kernel}")
     library = torch.library.Library(f"attune_test_{kernel}", "DEF")
     monkeypatch.setattr(graph, "_LIBRARY", library)
-    run = graph.runner.__wrapped__(name)
+    run = graph._runner.__wrapped__(name)
     operators = []
 
     def backend(module, _inputs):

@@ -23,9 +23,9 @@ from .common import (
 )
 from .quantise import CHUNK_ROWS, HEAD_ROWS, K_BOUND, RESIDUAL, V_MEAN, V_SCALE
 
-# No score, in powers of two, is beyond this: what keeps weights from being cut (`base_of`) then makes them at most half
-# as large, and nothing overflows. Scores that large mean that one key has all the weight, before and after.
-LARGEST_SCORE = tl.constexpr(2.0**22)
+# The bound below on scores, in powers of two, is cut to this, so that nothing overflows. It takes K before its mean is
+# subtracted, and all of its channels aligned with Q: scores themselves are far smaller. `base_of` keeps weights right.
+LARGEST_SCORE = tl.constexpr(2.0**26)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 
 import torch
 
@@ -15,6 +16,7 @@ from . import launch
 
 # The namespace is this module's own: two copies of the pack in one process must not define one operator twice.
 _NAMESPACE = "attune_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
+_LOCK = threading.Lock()
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale) -> Tensor"
 
@@ -25,10 +27,14 @@ def _fake(
     return q.new_empty(q.shape)
 
 
-@functools.cache
 def runner(name: str) -> Run:
     """`int8_attention` or `exact_attention` of launch.py: itself, and inside a graph that is traced its operator."""
+    with _LOCK:  # the operator can be defined once only
+        return _runner(name)
 
+
+@functools.cache
+def _runner(name: str) -> Run:
     attend = getattr(launch, name)
 
     def direct(

@@ -164,7 +164,12 @@ def _int8(call: Signature, tile: Tile) -> Attend:
 def _exact(call: Signature, tile: Tile) -> Attend:
     (batch, q_len, heads, dim), (kv_len, kv_heads) = call.q, call.k[1:3]
     width = width_of(dim)
-    tma = tile.tma and call.aligned and all(fits_tma(call, steps) for steps in (call.k_strides, call.v_strides))
+    tma = (
+        tile.tma
+        and kv_len > 0
+        and call.aligned
+        and all(fits_tma(call, steps) for steps in (call.k_strides, call.v_strides))
+    )
     loop = Launch(
         attend_exact, (batch * heads * -(-q_len // tile.bm), 1, 1),
         (
@@ -206,7 +211,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 
 def finite(scale: float) -> float:
     """The scale as a number that float32 has: what is too large is cut, what is too small is 0."""
-    return 0.0 if abs(scale) < 2.0**-126 else max(-3e38, min(scale, 3e38))
+    return 0.0 if abs(scale) < 2.0**-126 else max(-2e38, min(scale, 2e38))  # times log2(e) it is still finite
 
 
 def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

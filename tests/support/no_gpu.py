@@ -22,13 +22,14 @@ WHY_NOT = WHY_NOT or ("" if shutil.which("gcc") and os.name == "posix" else "nee
 
 
 class Launched(NamedTuple):
-    """A launch as the driver saw it. `parameters`: their bytes, one after the other."""
+    """A launch as the driver saw it. `parameters`: their bytes; `function`: which of the kernels of that name."""
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared: int
     parameters: bytes
+    function: int
 
 
 class NoGPU:
@@ -82,6 +83,6 @@ class NoGPU:
             number, x, y, z, threads, shared, size = room[place : place + 7]
             words = (size + 7) // 8
             parameters = bytes(memoryview(room).cast("B")[(place + 7) * 8 :][:size])
-            found.append(Launched(self._names[number], (x, y, z), threads, shared, parameters))
+            found.append(Launched(self._names[number], (x, y, z), threads, shared, parameters, number))
             place += 7 + words
         return found

@@ -61,12 +61,13 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  if ((uintptr_t)address & 15 || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  if (!address || (uintptr_t)address & 15 || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
   uint64_t *to = (uint64_t *)map;
   memset(map, 0, sizeof *map);
   *to++ = (uint64_t)address;
   *to++ = (uint64_t)type | (uint64_t)rank << 16 | (uint64_t)swizzle << 32;
   for (unsigned i = 0; i < rank; i++) {
+    if (!sizes[i]) return CUDA_ERROR_INVALID_VALUE;
     if (i + 1 < rank && strides[i] & 15) return CUDA_ERROR_INVALID_VALUE;
     *to++ = sizes[i] << 16 | box[i];
     if (i + 1 < rank) *to++ = strides[i];
