@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 
+from comfyui_attune.attention.policy import KERNEL_NAMES
 from support.loading import ROOT
 
 DOCS = ROOT / "web" / "docs"
@@ -90,3 +91,34 @@ def test_the_browser_shows_them(page):
         assert CHINESE["AttentionSelector"]["inputs"]["kernel"]["name"] in labels
     finally:
         page.server.post("/settings", {"Comfy.Locale": "en"})
+
+
+PANEL = ROOT / "web" / "panel"
+
+
+def chinese(file: str) -> dict:
+    return json.loads((ROOT / "locales" / "zh" / file).read_text("utf-8"))
+
+
+def test_every_word_of_the_panel_is_there_in_chinese():
+    """With the same places to be filled in."""
+    text = (PANEL / "text.js").read_text("utf-8")
+    english = text.partition("ENGLISH = {")[2].partition("\n};")[0]
+    found = re.findall(r'^  "?([\w. ]+?)"?:((?:\s*"(?:[^"\\]|\\.)*"(?: \+)?)+),$', english, re.MULTILINE)
+    told = chinese("main.json")["attune"]
+    assert len(found) > 100 and [name for name, _ in found] == list(told)
+    for name, words in found:
+        assert set(re.findall(r"\{\w+\}", words)) == set(re.findall(r"\{\w+\}", told[name])), name
+
+
+def test_commands_and_settings_are_there_in_chinese():
+    commands = re.findall(r'id: "(Attune\.\w+)"', (ROOT / "web" / "panel.js").read_text("utf-8"))
+    assert {name.replace(".", "_") for name in commands} == set(chinese("commands.json"))
+    settings = re.findall(r'id: "(Attune\.\w+)"', (PANEL / "settings.js").read_text("utf-8"))
+    assert {name.replace(".", "_") for name in settings} == set(chinese("settings.json"))
+    assert all(set(told) == {"name", "tooltip"} for told in chinese("settings.json").values())
+
+
+def test_the_kernels_of_the_settings_are_those_of_the_nodes():
+    listed = (PANEL / "settings.js").read_text("utf-8").partition("KERNELS = [")[2].partition("]")[0]
+    assert re.findall(r'"(\w+)"', listed) == KERNEL_NAMES

@@ -1,18 +1,14 @@
 // ComfyUI-Attune in the browser: each node of the pack shows which kernel really ran, and why not the one asked for.
 
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
+import { BYPASSED, MUTED, api, app, aroundLoading, isLoading, rootGraph, walk } from "./comfy.js";
 import { Face } from "./face.js";
+import { isBenchmark } from "./panel/benchmark.js";
 import { Runs } from "./runs.js";
-
-const MUTED = 2;
-const BYPASSED = 4;
 
 const runs = new Runs();
 const faces = new WeakMap(); // node -> Face
 const queueing = new Set(); // requests to queue a prompt that the server has not answered
 let turn = Promise.resolve(); // the news heard so far have been taken in
-let loading = 0; // while a graph is being loaded, the open workflow and the graph may not belong together
 
 /** The object behind the front end's reactive proxy: the same one however it was reached. */
 const plain = (object) => object?.__v_raw ?? object;
@@ -20,21 +16,12 @@ const plain = (object) => object?.__v_raw ?? object;
 /** The open tab, as runs.js means it. */
 function tab() {
   const workflow = plain(app.extensionManager?.workflow?.activeWorkflow) ?? null;
-  return { workflow, path: workflow?.path ?? "", graph: String(app.rootGraph?.id ?? app.graph?.id) };
-}
-
-/** [execution id, node] of every node in `graph` and the subgraphs below it. */
-function* walk(graph, before = "") {
-  for (const node of graph?.nodes ?? []) {
-    const id = `${before}${node.id}`;
-    yield [id, node];
-    if (node.subgraph) yield* walk(node.subgraph, `${id}:`);
-  }
+  return { workflow, path: workflow?.path ?? "", graph: String(rootGraph()?.id) };
 }
 
 /** Make every node of the open graph show its last runs, or nothing. Never throws: graphs are loaded around it. */
 function render() {
-  if (loading) return;
+  if (isLoading()) return;
   try {
     draw();
   } catch (error) {
@@ -43,15 +30,16 @@ function render() {
 }
 
 function draw() {
-  const nodes = new Map(walk(app.rootGraph ?? app.graph));
+  const nodes = new Map(walk(rootGraph()));
   const shown = runs.shown(tab());
   const title = (id) => (id ? `${nodes.get(id)?.title ?? "sampler"} #${id}` : "sampler");
+  /** @type {Map<any, any[]>} */
   const entries = new Map([...nodes.values()].map((node) => [node, []]));
   for (const { run, old } of shown) {
     for (const [id, part] of Object.entries(run.nodes)) {
       const node = nodes.get(id);
       const here = node && node.type === part.node_type && node.mode !== MUTED && node.mode !== BYPASSED;
-      if (here) entries.get(node).push({ node: part, run, old, sampler: title(run.sampler_node) });
+      if (here) entries.get(node)?.push({ node: part, run, old, sampler: title(run.sampler_node) });
     }
   }
   for (const [node, found] of entries) {
@@ -98,7 +86,7 @@ function watchQueue() {
     queueing.add(request);
     try {
       const answer = await request;
-      if (answer?.prompt_id && data?.output && data.workflow?.id === from.graph) {
+      if (answer?.prompt_id && data?.output && data.workflow?.id === from.graph && !isBenchmark(data.output)) {
         runs.queued(answer.prompt_id, from, data.output);
         save();
       }
@@ -111,18 +99,13 @@ function watchQueue() {
 
 /** After a graph was loaded (another tab, a file, an undo) its nodes are new objects. */
 function watchLoading() {
-  const loadGraphData = app.loadGraphData;
-  app.loadGraphData = async function (...args) {
-    const before = tab().graph;
-    loading++;
-    try {
-      return await loadGraphData.apply(this, args);
-    } finally {
-      loading--;
+  aroundLoading(
+    () => tab().graph,
+    (before) => {
       render();
       if (tab().graph !== before) refill();
-    }
-  };
+    },
+  );
 }
 
 /**

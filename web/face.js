@@ -1,11 +1,12 @@
 // What a node shows of its last runs: a DOM widget, which both renderers draw. Its style lives in a shadow tree, so
 // that it reaches nothing else in the page.
 
-import { app } from "../../scripts/app.js";
+import { app } from "./comfy.js";
 
 const NAME = "attune_status";
 const MARGIN = 6; // around the text, in the canvas renderer
 const SETTLED = 300; // milliseconds after which the page has laid out a change
+const REASONS = 6; // sentences of a badge's tooltip
 const LONG = 90; // characters of a line from which on the tooltip repeats it
 const AUTOMATIC = new Set(["auto", "auto_fast", "host"]);
 const FAMILIES = ["flash", "sage"]; // asked for by this name, any member is what was asked for
@@ -27,7 +28,11 @@ STYLE.replaceSync(`
     background: var(--comfy-input-bg, #222); overflow-wrap: anywhere;
   }
   .times { color: var(--descrip-text, #999); margin-left: 4px; font-variant-numeric: tabular-nums; }
-  .warn .chip { color: color-mix(in srgb, #e09000 55%, var(--input-text, #ddd)); border-color: currentColor; }
+  .warn .chip {
+    color: color-mix(in srgb, #e5322d 65%, var(--input-text, #ddd)); border-color: #e5322d;
+    background: color-mix(in srgb, #e5322d 14%, var(--comfy-input-bg, #222));
+  }
+  .warn .chip::before { content: "✕ " / "not what was asked for: "; }
   .what { color: var(--input-text, #ddd); }
   .line {
     margin-top: 3px; color: var(--descrip-text, #999); overflow-wrap: anywhere;
@@ -50,20 +55,26 @@ const asked = (wishes, kernel) =>
   wishes.some((wish) => wish === kernel || (FAMILIES.includes(wish) && kernel.startsWith(wish)));
 
 /**
- * One block of text from the runs of one sampler: {kernels: [{name, count, warn}], lines: [text]}.
- * A kernel warns where it ran because one that was asked for could not.
+ * One block of text from the runs of one sampler: {kernels: [{name, count, warn, why: [text]}], lines: [text]}.
+ * A kernel warns where it ran because one that was asked for could not; `why` says of each of those why not.
  */
 export function summarise(runs) {
   const counts = new Map();
   const lines = new Set();
   for (const { node, run } of runs) {
     const wishes = node.requested.split(/ \/ |, /).filter((wish) => !AUTOMATIC.has(wish));
-    const refused = node.refused.some(({ kernel }) => asked(wishes, kernel));
+    const refused = node.refused.filter(({ kernel }) => asked(wishes, kernel));
     for (const [name, count] of Object.entries(node.observed)) {
-      const sum = counts.get(name) ?? { name, count: 0, warn: false };
+      const sum = counts.get(name) ?? { name, count: 0, warn: false, why: [] };
       sum.count += count;
-      sum.warn ||= refused && !asked(wishes, name);
       counts.set(name, sum);
+      if (!refused.length || asked(wishes, name)) continue;
+      sum.warn = true;
+      sum.why.push(
+        `Asked for: ${wishes.join(", ")}.`,
+        ...refused.map((one) => `Not ${one.kernel}: ${one.reasons.join("; ")}.`),
+      );
+      sum.why = [...new Set(sum.why)].slice(0, REASONS);
     }
     // The first line of the text repeats the kernels, where there are any.
     for (const line of node.text.split("\n").slice(node.calls ? 1 : 0)) lines.add(line);
@@ -92,9 +103,10 @@ function draw({ of, old, kernels, lines }) {
   if (of) block.append(make("div", "of", of));
   if (kernels.length) {
     const row = make("div", "kernels");
-    for (const { name, count, warn } of kernels) {
+    for (const { name, count, warn, why } of kernels) {
       const kernel = make("span", warn ? "kernel warn" : "kernel");
-      kernel.title = `${count} attention calls ran on ${name}${warn ? ", which is not what was asked for" : ""}`;
+      const ran = `${count} attention calls ran on ${name}`;
+      kernel.title = [`${ran}${warn ? ", which is not what was asked for." : ""}`, ...why].join("\n");
       kernel.append(make("span", "chip", name), make("span", "times", `×${count}`));
       row.append(kernel);
     }
@@ -113,6 +125,7 @@ function draw({ of, old, kernels, lines }) {
 /** The face of one node. Nothing is added to the node before there is something to show. */
 export class Face {
   #node;
+  /** @type {any} */
   #widget = null;
   #inner = make("div", "face");
   #shown = "[]";

@@ -1,0 +1,43 @@
+// Bypassing and enabling the attention nodes of the open workflow, all at once.
+
+import { ACTIVE, BYPASSED, app, rootGraph, walk } from "../comfy.js";
+import { t } from "./text.js";
+
+// Nodes that put a kernel on a model. The others of the pack measure or tell, and change nothing.
+const PATCHES = new Set([
+  "AttentionSelector",
+  "SDPAForce",
+  "Sage3Switch",
+  "AttentionRule",
+  "Sage3AttentionOnlySwitch",
+  "PathchSageAttentionKJ",
+  "PatchFlashAttentionKJ",
+]);
+
+const packOf = (type) => globalThis.LiteGraph?.registered_node_types?.[type]?.nodeData?.python_module;
+
+/** Is `node` one of the pack's that patch a model? Another pack may have brought the ids of the last three. */
+const isOurs = (node) => PATCHES.has(node.type) && packOf(node.type) === packOf("AttentionSelector");
+
+/** Set every attention node of the open workflow from one mode to another, as one step of Ctrl+Z; returns how many. */
+function change(from, to) {
+  const all = new Set([...walk(rootGraph())].map(([, node]) => node)); // a subgraph may be there twice
+  const nodes = [...all].filter((node) => isOurs(node) && node.mode === from);
+  if (!nodes.length) return 0;
+  app.canvas.emitBeforeChange();
+  try {
+    for (const node of nodes) node.mode = to;
+  } finally {
+    app.canvas.emitAfterChange();
+  }
+  app.canvas.setDirty(true, true);
+  return nodes.length;
+}
+
+function tell(count, done, nothing) {
+  const detail = count ? t(done, { count }) : t(nothing);
+  app.extensionManager.toast.add({ severity: count ? "success" : "info", summary: t("title"), detail, life: 5000 });
+}
+
+export const bypassAll = () => tell(change(ACTIVE, BYPASSED), "nodes.bypassed", "nodes.none.active");
+export const enableAll = () => tell(change(BYPASSED, ACTIVE), "nodes.enabled", "nodes.none.bypassed");

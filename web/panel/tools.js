@@ -1,0 +1,137 @@
+// Buttons: benchmark the model, copy the doctor's bundle, bypass and enable all.
+
+import { api, app, listen } from "../comfy.js";
+import { NODE, benchmarkPrompt, samplers } from "./benchmark.js";
+import { alertBox, button, copy, make, section, setText } from "./dom.js";
+import { bypassAll, enableAll } from "./nodes.js";
+import { ask } from "./server.js";
+import { t } from "./text.js";
+
+/** What the front end knows of a type of node. @type {import("./benchmark.js").Types} */
+function types(name) {
+  const data = globalThis.LiteGraph?.registered_node_types?.[name]?.nodeData;
+  const inputs = Object.entries({ ...data?.input?.required, ...data?.input?.optional });
+  const named = inputs.map(([input, spec]) => [input, String(/** @type {any} */ (spec)[0])]);
+  return { inputs: Object.fromEntries(named), outputs: (data?.output ?? []).map(String) };
+}
+
+export class Tools {
+  #section = section("tools", t("tools.title"));
+  element = this.#section.element;
+  #alert = alertBox();
+  #said = make("p", { role: "status", class: "said" });
+  #text = make("textarea", { readonly: true, rows: 6, hidden: true, "aria-label": t("tools.bundle") });
+  #choice = make("div", { class: "row", hidden: true });
+  #result = make("details", { class: "inner", open: true, hidden: true });
+  #prompt = ""; // id of the benchmark's
+
+  constructor() {
+    const buttons = [
+      button(t("tools.benchmark"), () => this.#benchmark(), { class: "primary" }),
+      button(t("tools.bundle"), () => this.#bundle(), { title: t("tools.bundle.hint") }),
+      button(t("tools.bypass"), bypassAll, { title: t("tools.bypass.hint") }),
+      button(t("tools.enable"), enableAll, { title: t("tools.bypass.hint") }),
+    ];
+    this.#section.body.append(make("p", { class: "row" }, ...buttons), this.#choice, this.#alert.element, this.#said);
+    this.#section.body.append(this.#text, this.#result);
+    listen("execution_start", (detail) => this.#mine(detail) && setText(this.#said, t("bench.started")));
+    listen("progress", (detail) => this.#progress(detail));
+    listen("executed", (detail) => this.#executed(detail));
+    for (const end of ["execution_error", "execution_interrupted"]) listen(end, (detail) => this.#failed(detail));
+  }
+
+  #mine(detail) {
+    return Boolean(this.#prompt) && detail?.prompt_id === this.#prompt;
+  }
+
+  async #bundle() {
+    this.#text.hidden = true;
+    setText(this.#said, "");
+    try {
+      const text = await (await ask("/attune/bundle")).text();
+      this.#alert.say("");
+      if (await copy(text)) return setText(this.#said, t("tools.copied"));
+      this.#text.value = text;
+      this.#text.hidden = false;
+      this.#text.focus();
+      this.#text.select();
+      setText(this.#said, t("tools.copy.failed"));
+    } catch (error) {
+      this.#alert.say(error);
+    }
+  }
+
+  async #benchmark() {
+    this.#choice.hidden = true;
+    this.#alert.say("");
+    setText(this.#said, "");
+    try {
+      const { output, workflow } = await app.graphToPrompt();
+      const found = samplers(/** @type {any} */ (output), types);
+      const selected = Object.values(app.canvas.selected_nodes ?? {}).map((node) => String(node.id));
+      const meant = found.filter(({ node }) => selected.includes(String(node.split(":").at(-1))));
+      if (!found.length) this.#alert.say(t("bench.none"));
+      else if (found.length === 1) await this.#queue(output, workflow, found[0]);
+      else if (meant.length === 1) await this.#queue(output, workflow, meant[0]);
+      else this.#choose(output, workflow, found);
+    } catch (error) {
+      this.#alert.say(error);
+    }
+  }
+
+  /** There are several samplers: which one's model? */
+  #choose(output, workflow, found) {
+    const options = found.map(({ node }, at) =>
+      make("option", { value: at }, `${output[node]._meta?.title ?? output[node].class_type} #${node}`),
+    );
+    const select = make("select", { id: "attune-sampler" }, ...options);
+    const start = button(t("bench.start"), () => this.#queue(output, workflow, found[Number(select.value)]));
+    this.#choice.replaceChildren(make("label", { for: "attune-sampler" }, t("bench.sampler")), select, start);
+    this.#choice.hidden = false;
+    select.focus();
+  }
+
+  async #queue(output, workflow, sampler) {
+    this.#choice.hidden = true;
+    this.#result.hidden = true;
+    try {
+      const answer = await api.queuePrompt(0, { output: benchmarkPrompt(output, sampler, types), workflow });
+      this.#prompt = String(answer.prompt_id);
+      setText(this.#said, t("bench.queued"));
+    } catch (error) {
+      const { error: refused, node_errors } = error.response ?? {};
+      const errors = Object.values(node_errors ?? {}).flatMap((node) =>
+        node.errors.map((one) => `${one.message}: ${one.details}.`),
+      );
+      const message = errors.slice(0, 3).join(" ") || refused?.message || error.message;
+      this.#alert.say(t("bench.refused", { message }));
+    }
+  }
+
+  #progress(detail) {
+    if (!this.#mine(detail) || detail.node !== NODE) return;
+    setText(this.#said, t("bench.running", { done: detail.value, total: detail.max }));
+  }
+
+  #executed(detail) {
+    if (!this.#mine(detail) || detail.node !== NODE) return;
+    setText(this.#said, t("bench.done"));
+    const { images = [], text = [] } = detail.output ?? {};
+    const pictures = images.map((image) => {
+      const address = api.apiURL(`/view?${new URLSearchParams(image)}`);
+      const picture = make("img", { src: address, alt: t("bench.picture") });
+      return make("a", { href: address, target: "_blank", rel: "noopener" }, picture);
+    });
+    const label = { tabindex: 0, role: "region", "aria-label": t("tools.benchmark") };
+    const summary = make("summary", {}, t("bench.result"));
+    this.#result.replaceChildren(summary, ...pictures, make("pre", label, text.join("\n")));
+    this.#result.hidden = false;
+  }
+
+  #failed(detail) {
+    if (!this.#mine(detail)) return;
+    setText(this.#said, "");
+    const message = detail.exception_message ?? t("run.stopped");
+    this.#alert.say(t("bench.failed", { message }));
+  }
+}
