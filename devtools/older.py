@@ -9,12 +9,17 @@ from .say import step
 from .venv import Venv
 
 OLDEST = "0.35.2"
-SAME = "test_diffusers_memory.py"  # it has nothing of diffusers but the name
+SAME = {"test_diffusers_memory.py"}  # it has nothing of diffusers but the name
+# They start processes and take minutes: not in every run of the whole suite.
+SLOW = {"test_diffusers_packages.py", "test_diffusers_parallel.py", "test_diffusers_run.py"}
 
 
-def tests() -> list[str]:
-    """The test files that another version may change, as pytest wants them."""
-    return [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_diffusers*.py")) if path.name != SAME]
+def tests(whole: bool = True) -> list[str]:
+    """The test files that another version may change, as pytest wants them; not `whole`: without the slow ones."""
+    without = SAME if whole else SAME | SLOW
+    return [
+        f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_diffusers*.py")) if path.name not in without
+    ]
 
 
 def obtain(venv: Venv, version: str, cache: Path = CACHE) -> Path:

@@ -36,7 +36,7 @@ def suite(
     code = _pytest(venv, [*workers, *options, *arguments], dict(os.environ))
     if arguments or code not in (0, 1):  # 1: tests failed; anything else is no result
         return code
-    codes = [code, _older(venv, older.OLDEST, [*workers, *options])]
+    codes = [code, _older(venv, older.OLDEST, [*workers, *options], whole=False)]
     if with_comfyui and not os.environ.get("COMFYUI_PATH"):  # else: the user's own and no other
         codes += [_in_host(venv, host, [*workers, *HOST_TESTS]) for host in HOSTS]
     return max(codes)
@@ -49,11 +49,11 @@ def _in_host(venv: Venv, version: str, arguments: list[str]) -> int:
     return _pytest(venv, arguments, {**os.environ, "COMFYUI_PATH": str(folder)})
 
 
-def _older(venv: Venv, version: str, arguments: list[str]) -> int:
-    """The tests of pipelines with another diffusers."""
+def _older(venv: Venv, version: str, arguments: list[str], whole: bool = True) -> int:
+    """The tests of pipelines with another diffusers; not `whole`: without the slow ones."""
     folder = older.obtain(venv, version)
     step(f"With diffusers {version}")
-    return _pytest(venv, [*older.tests(), *arguments], older.environment(folder))
+    return _pytest(venv, [*older.tests(whole), *arguments], older.environment(folder))
 
 
 def _pytest(venv: Venv, arguments: list[str], environment: dict[str, str]) -> int:

@@ -83,13 +83,17 @@ def loads(text: str, where: str) -> Any:
     return data
 
 
+_LOOKED_AT = 1 << 20  # characters: every file shows its style in so many
+
+
 def style_of(text: str) -> Style:
     """How `text`, which is JSON, is written."""
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     body = text[len(mark) :]
     lines = re.match(r"\s*[\[{]\r?\n([ \t]*)", body)
-    colon = re.search(r'"\s*:([ ]?)', body)
-    comma = re.search(r',([ ]?)["\d\[{tfn-]', body)
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', '""', body[:_LOOKED_AT])  # what strings hold says nothing
+    colon = re.search(r'"\s*:([ ]?)', outside)
+    comma = re.search(r',([ ]?)["\d\[{tfnNI-]', outside)
     return Style(
         indent=lines[1] if lines else None,
         comma="," + (comma[1] if comma and not lines else ""),

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -65,7 +66,8 @@ def listen(server, prompt, until) -> str:
                         return identity
         raise AssertionError("the server closed the connection")
 
-    return asyncio.run(asyncio.wait_for(hear(), 90))
+    with ThreadPoolExecutor(1) as thread:  # playwright's loop may run in this one
+        return thread.submit(asyncio.run, asyncio.wait_for(hear(), 90)).result()
 
 
 # AttentionBenchmark

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import pytest
@@ -198,7 +199,8 @@ def play(monkeypatch):
             for client_id in list(host.sockets):
                 live.watch(client_id, False)
 
-        asyncio.run(go())
+        with ThreadPoolExecutor(1) as thread:  # playwright's loop may run in this one
+            thread.submit(asyncio.run, go()).result()
 
     return start
 

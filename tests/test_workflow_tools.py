@@ -175,6 +175,7 @@ JSON = strategies.recursive(
 )
 
 
+@hypothesis.example(data={",": None, "": None})
 @hypothesis.given(data=strategies.dictionaries(strategies.text(), JSON, max_size=5))
 def test_any_json_is_written_as_it_was_read(data):
     given = json.dumps(data)
