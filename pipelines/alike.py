@@ -23,6 +23,12 @@ class _Alike(type):
     def __hash__(cls) -> int:
         return hash(_plain(cls)) if _FOR in vars(cls) else type.__hash__(cls)
 
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return isinstance(thing, _plain(cls)) if _FOR in vars(cls) else super().__instancecheck__(thing)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, _plain(cls)) if _FOR in vars(cls) else super().__subclasscheck__(kind)
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return _plain(cls)(*args, **kwargs) if _FOR in vars(cls) else super().__call__(*args, **kwargs)
 

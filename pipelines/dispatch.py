@@ -144,6 +144,8 @@ def _attend(
         "scale": scale,
         "enable_gqa": enable_gqa,
     }
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):  # a BlockMask: only flex reads it
+        return _earlier(arguments)
     if not torch.compiler.is_compiling():
         forward = CURRENT.get()
         if forward is None or forward.router is None:

@@ -26,7 +26,7 @@ from .standing import NAME, Standing
 log = logging.getLogger("attune")
 SOURCE = "attune.apply"
 _KEPT = 50
-_NO_RUN = "There is no run to report: call the pipeline first."
+_NO_RUN = "There is no run to report yet: call the pipeline, and let the call end."
 _OFF = "ATTUNE=off: the pack does nothing, and the pipeline is unchanged."
 
 
@@ -70,7 +70,8 @@ class Handle:
     def report(self) -> str:
         """What ran, and why not what was asked for: a text of some lines for each call of the pipeline."""
         runs = self.data()
-        return runs_text(runs, [*self._remarks, *([] if runs else [*self.notes, _NO_RUN])])
+        said = {note for run in runs for note in run["notes"]}
+        return runs_text(runs, [note for note in [*self.notes, *([] if runs else [_NO_RUN])] if note not in said])
 
     def remove(self) -> None:
         """Take these rules away; with the last of its handles gone the pipeline is as it was. Once is enough."""
@@ -83,6 +84,12 @@ class Handle:
             if getattr(type(pipe), NAME, False):
                 pipe.__class__ = standing.pipe_class
             vars(pipe).pop(NAME, None)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 def _class_with_runs(kind: type) -> type:
@@ -153,6 +160,9 @@ def apply(
         handle._remarks.append(_OFF)
         return handle
     standing: Standing | None = vars(pipe).get(NAME)
+    if standing is not None and standing.pipe() is not pipe:  # a shallow copy has the dictionary, and the class
+        del vars(pipe)[NAME]
+        pipe.__class__, standing = standing.pipe_class, None
     if standing is None:
         if not any(places(model) for model in models_of(pipe).values()) and not text_encoders:
             text = f"no model of this {type(pipe).__name__} has an attention module that is known: it is unchanged."
@@ -162,8 +172,12 @@ def apply(
         standing = Standing(pipe)
         vars(pipe)[NAME] = standing
         pipe.__class__ = _class_with_runs(type(pipe))
-    standing.add(handle)
     handle._standing = standing
+    try:
+        standing.add(handle)
+    except BaseException:  # nobody would have a handle to take it away by
+        handle.remove()
+        raise
     return handle
 
 

@@ -31,7 +31,7 @@ from .models import (
 )
 from .pending import pending_scores
 from .process import machine, verdicts
-from .processors import is_quick, quick_class, without_xformers
+from .processors import is_quick, names_others, quick_class, without_xformers
 
 log = logging.getLogger("attune")
 _XFORMERS = "_use_memory_efficient_attention_xformers"
@@ -52,6 +52,7 @@ class _Spot:
         self.options: dict[str, Any] = {"backend": None}
         self.seen: Any = None
         self.alone = False
+        self.elsewhere = False  # its processor names other back ends than its own, too
         self.by_backend = False  # its processor names a back end of diffusers
 
     def state(self) -> Any:
@@ -175,6 +176,11 @@ class Hooks:
         elif theirs:
             self._say(f"{name} has processors of another kind, {theirs}: their calls of SDPA are routed, they stay")
         for holder in holders(module):
+            own = original(holder, _BACKEND)
+            if "flex" in str(getattr(own, "value", own)):
+                # Its masks are BlockMasks, which no other back end reads; some processors raise where it is not named.
+                self._say(f"{name} names diffusers' back end flex for some of its modules: their attention stays that")
+                continue
             if (member := dispatch.register(self)) is None:
                 break
             # A processor may serve many modules, and a model many pipelines.
@@ -182,6 +188,7 @@ class Hooks:
             if holder._attention_backend is not member:
                 self._changes.set(holder, _BACKEND, member)
         processor = processor_of(module)
+        spot.elsewhere = names_others(type(processor))
         if not is_quick(processor) and (quick := quick_class(type(processor))) is not None:
             self._changes.set(processor, "__class__", quick)
 
@@ -214,6 +221,7 @@ class Hooks:
                 return theirs(*args, **kwargs)
             # Processors that send their calls to us by themselves; those of others are caught.
             sends = any(holder._attention_backend == dispatch.NAME for holder in holders(module))
+            sends = sends and not spot.elsewhere
             sends = sends or spot.alone or is_quick(getattr(module, "processor", None))
             if is_compiling():
                 with nullcontext() if sends else Intercept():  # which no graph keeps any state of

@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -79,6 +79,13 @@ def _mentions(function: Any) -> bool:
     return isinstance(code, CodeType) and bool(_CALLS & _names(code))
 
 
+def _methods(kind: type) -> Iterator[FunctionType]:
+    """A module's own methods and those that it inherits, but for what every module has."""
+    for base in kind.__mro__:
+        if base is not torch.nn.Module:
+            yield from (one for one in vars(base).values() if isinstance(one, FunctionType))
+
+
 def attends_itself(module: Any) -> bool:
     """Has it its own `_attention(query, key, value, attention_mask)` on (B·H, N, D) tensors, as ControlVideo's have?"""
     own = getattr(type(module), "_attention", None)
@@ -93,7 +100,7 @@ def is_attention(module: Any) -> bool:
         callable(getattr(module, "processor", None))
         or callable(getattr(module, "get_attention_scores", None))
         or attends_itself(module)
-        or _mentions(type(module).forward)
+        or any(_mentions(one) for one in _methods(type(module)))
     )
 
 

@@ -58,7 +58,10 @@ def _computing(name: str) -> Callable[..., Any]:
     return lambda self, *args: getattr(self._computed(), name)(*args)
 
 
-_OPERATORS = "add radd sub rsub mul rmul truediv neg pow iadd isub imul itruediv getitem setitem len lt le gt ge"
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv neg pow iadd isub imul itruediv getitem setitem len lt le gt ge "
+    "eq ne abs bool rtruediv rpow floordiv rfloordiv mod rmod"
+)
 for _name in _OPERATORS.split():
     setattr(Pending, f"__{_name}__", _computing(f"__{_name}__"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 from types import FunctionType, ModuleType
 from typing import Any
@@ -45,6 +46,17 @@ def quick_class(kind: type) -> type | None:
     copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = call.__kwdefaults__, call.__doc__, call.__annotations__
     copy.__qualname__, copy.__module__ = call.__qualname__, call.__module__
     return alike(kind, __call__=copy, **{QUICK: True})
+
+
+@functools.cache
+def names_others(kind: type) -> bool:
+    """Do processors of this class also call dispatch_attention_fn with a back end that is not their own?
+
+    Qwen-Image 2.1's name None where they have a mask, whatever `set_attention_backend` was told.
+    """
+    code = getattr(kind.__call__, "__code__", None)
+    used = [] if code is None else [one.argval for one in dis.get_instructions(code)]
+    return used.count("dispatch_attention_fn") > used.count("_attention_backend") > 0
 
 
 def without_xformers(module: Any) -> Any:

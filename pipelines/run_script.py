@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import importlib.util
 import os
@@ -155,11 +156,8 @@ def _run(options: argparse.Namespace) -> int:
                 patched.watch(sys.modules[module])
             else:
                 sys.meta_path.insert(0, _After(module, patched.watch))
-    try:
-        _run_as_main(options.script, arguments)
-    finally:
-        if not switched_off():
-            _report(patched)
+        atexit.register(_report, patched)  # after the script's threads and what it has registered itself
+    _run_as_main(options.script, arguments)
     return 0
 
 

@@ -62,7 +62,7 @@ class Standing:
         self._own = ""
         self._text_encoders = False
         self._router = self._make_router()
-        self._pipe = weakref.ref(pipe)
+        self.pipe = weakref.ref(pipe)
         self._end = weakref.finalize(pipe, self.fall, True)
         self._end.atexit = False
 
@@ -106,7 +106,7 @@ class Standing:
             self.hooks = Hooks(self._watched, self.say, wrap)
         self._text_encoders = encoders
         self._router = self._make_router()
-        if (pipe := self._pipe()) is not None:
+        if (pipe := self.pipe()) is not None:
             self._stand(pipe)
 
     def _stand(self, pipe: Any) -> None:
@@ -134,6 +134,11 @@ class Standing:
         call = _CALL.get()
         return call if call is not None and call.standing is self else None
 
+    def _elsewhere(self) -> bool:
+        """Is this thread in a call of another pipeline that is patched?"""
+        call = _CALL.get()
+        return call is not None and call.standing is not self and call.standing.active
+
     def _watched(self, model: torch.nn.Module, theirs: Callable[..., Any], whole: bool) -> Callable[..., Any]:
         """A model's forward, watched and repeated where a kernel's output is no good.
 
@@ -143,7 +148,7 @@ class Standing:
         @functools.wraps(theirs, updated=())  # what torch.compile has left on it holds for that one
         def forward(*args: Any, **kwargs: Any) -> Any:
             # In a forward of ours (a model in a model), or of another pipeline that shares this model: that one counts.
-            if is_compiling() or not self.active or CURRENT.get() is not None or self._call() is not _CALL.get():
+            if is_compiling() or not self.active or CURRENT.get() is not None or self._elsewhere():
                 return theirs(*args, **kwargs)
             if wants_gradients(model, (args, kwargs)):
                 # As a whole: gradient checkpointing computes parts of it again, when nobody is there to route them.
@@ -195,6 +200,7 @@ class Standing:
         if not self.active or self._call() is not None:
             return call(pipe, *args, **kwargs)
         self._stand(pipe)
+        handles = list(self.handles)  # whose rules these are; a callback may take them away
         router, steps = self._router, Steps(getattr(pipe, "scheduler", None))
         session = Session(router)
         session.record.clock = Clock() if router.policy.timed else None
@@ -217,7 +223,7 @@ class Standing:
         finally:
             _CALL.reset(token)
             close(run, router, session, steps, model)
-            for handle in list(self.handles):
+            for handle in handles:
                 handle.runs.append(run)
 
     def _run(self, number: int, router: Router, session: Session, **about: Any) -> Run:

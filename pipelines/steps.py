@@ -49,6 +49,9 @@ class Steps:
         """
         if self._config("use_dynamic_shifting", False):
             raise ValueError("the scheduler shifts its noise levels by the picture's size")
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if isinstance(timesteps, torch.Tensor) and timesteps.numel() and float(timesteps.min()) < 0:
+            raise ValueError("the scheduler's timesteps are logarithms of its noise levels")
         whole, left = float(self._config("num_train_timesteps", 1000)), 1.0 - percent
         shift = self._config("shift", None) or self._config("flow_shift", None)
         if shift is not None:  # flow models, as ComfyUI's ModelSamplingDiscreteFlow
