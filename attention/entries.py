@@ -43,6 +43,7 @@ class NodeRecord:
             "requested": self.requested,
             "calls": self.calls,
             "observed": dict(self.observed),
+            "discarded": self.discarded,
             "refused": [
                 {"kernel": kernel, "reasons": list(reasons), "calls": count}
                 for (kernel, reasons), count in self.refused.items()

@@ -81,7 +81,8 @@ class Session:
 
     def blame(self, finding: Finding, remembered: bool = False) -> None:
         """Never plan a kernel again for the calls it failed for. `remembered`: it did so in an earlier run."""
-        why = f"{finding.reason} in an earlier run with this model" if remembered else finding.reason
+        earlier = "in an earlier run with this model (`attune cache clear --verdicts` forgets it)"
+        why = f"{finding.reason} {earlier}" if remembered else finding.reason
         kernels = self._blamed.setdefault(finding.place, {})
         if not remembered and finding.kernel not in kernels:
             self.findings.append(finding)

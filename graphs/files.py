@@ -104,6 +104,8 @@ def save(document: Document, out: Path | None, backup: bool) -> Path | None:
             "workflow is to go with -o FILE.json"
         )
     target = Path(os.path.realpath(out or document.path))  # what a link points to is replaced, not the link
+    if not target.parent.is_dir():
+        raise WorkflowError(f"there is no folder {target.parent}: make it, or write elsewhere with -o")
     text = dumps(document.data, document.style)
     kept, mode = None, None
     if target.exists():

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .check import link_fields
+from .kinds import ORDERS
 from .place import free_place
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Graph:
         found = data.get("widgets_values")
         if isinstance(found, dict):
             return found.get(name)
-        names = [one["widget"].get("name") for one in data.get("inputs") or [] if isinstance(one.get("widget"), dict)]
+        names = ORDERS.get(self.kind(node)) or [
+            one["widget"].get("name") for one in data.get("inputs") or [] if isinstance(one.get("widget"), dict)
+        ]
         if isinstance(found, list) and name in names and names.index(name) < len(found):
             return found[names.index(name)]
         return None

@@ -63,6 +63,9 @@ _WIDGETS: dict[str, tuple[tuple[str, str, Any], ...]] = {
         ("preset", "COMBO", "custom"),
     ),
 }
+# The order of a node's widgets: a picture's or video's workflow does not list the inputs of those without a link.
+ORDERS = {kind: tuple(name for name, _, _ in widgets) for kind, widgets in _WIDGETS.items()}
+ORDERS["PathchSageAttentionKJ"] = ("sage_attention", "allow_compile")
 _OPTIONAL = ("error_budget", "time_calls", "preset")
 SIZES = {SELECTOR: [390, 154], SWITCH: [390, 178]}
 TITLES = {SELECTOR: "Attention Selector", SWITCH: "Sage3 Switch"}

@@ -72,6 +72,7 @@ async def _body(request: web.Request) -> dict[str, Any]:
             while len(data) <= _MOST_BYTES and (part := await request.content.read(_MOST_BYTES + 1)):
                 data += part
         except (ClientPayloadError, ConnectionError, ValueError, web.RequestPayloadError):
+            request.content.feed_eof()  # or aiohttp goes on reading, and logs a traceback
             raise RefusedError(400, "the body is broken off or damaged") from None
     if len(data) > _MOST_BYTES or (request.content_length or 0) > _MOST_BYTES:
         raise RefusedError(413, f"the body is over {_MOST_BYTES} bytes")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .workflow_file import Prompt
+from .workflow_file import Prompt, WorkflowError
 
 _HERE = {"127.0.0.1", "localhost", "::1"}
 _WAIT = 20.0  # seconds for an answer
@@ -103,7 +103,9 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        host = urllib.parse.urlsplit(self.url).hostname
+        scheme, host = urllib.parse.urlsplit(self.url).scheme, urllib.parse.urlsplit(self.url).hostname
+        if scheme not in ("http", "https"):
+            raise WorkflowError(f"{url} is no address of a ComfyUI: wanted http://… or https://…")
         # A proxy that is set for the internet must not be asked for this machine.
         proxies = [urllib.request.ProxyHandler({})] if host in _HERE else []
         self._opener = urllib.request.build_opener(*proxies)

@@ -208,7 +208,9 @@ def test_what_an_earlier_run_found_holds_from_the_start():
     assert later.record.repeated == 0 and later.findings == []
     assert kernel.blocks == [0, 0, 1, 1, 3, 3]
     refused = {reasons for (_, reasons) in later.record.nodes()["7"].refused}
-    assert refused == {("gave NaN or infinity in an earlier run with this model",)}
+    assert refused == {
+        ("gave NaN or infinity in an earlier run with this model (`attune cache clear --verdicts` forgets it)",)
+    }
 
 
 def test_a_finding_holds_for_its_shape_only():

@@ -175,6 +175,7 @@ REFUSED = {
     "plain text, which needs no leave of the server": (415, ("POST", WATCH, GOOD, {"Content-Type": "text/plain"})),
     "no body": (400, post(WATCH, "")),
     "no JSON": (400, post(WATCH, "{'client_id'")),
+    "what is called compressed and is not": (400, post(WATCH, "{}", **{"Content-Encoding": "gzip"})),
     "no letters": (400, post(WATCH, b"\xff\xfe\x00{}")),
     "a list": (400, post(WATCH, "[]")),
     "a number": (400, post(PROBE, "17")),

@@ -98,6 +98,10 @@ def test_all_attention_nodes_are_bypassed_and_enabled_at_once_and_undone(panel, 
     desk.comfy.call("async () => app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
     desk.settle()
     assert desk.comfy.call(modes) == before, "one step back undoes it"
+    for command in ("BypassAll", "EnableAll"):
+        desk.comfy.call(f"() => app.extensionManager.command.execute('Attune.{command}')")
+        desk.settle()
+    assert desk.comfy.call(modes) == before, "what was bypassed before stays so"
     panel.open()
     panel.button("Enable all").click()
     desk.page.get_by_text(f"Enabled attention nodes: {len(SWITCHES)}.").first.wait_for()

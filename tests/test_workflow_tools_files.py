@@ -350,3 +350,24 @@ def test_how_deep_is_measured_without_recursion():
     for _ in range(100_000):
         deep = [deep]
     assert text.depth(deep) > 200
+
+
+def test_a_folder_that_is_not_there_and_an_address_that_is_no_servers(tmp_path, capsys) -> None:
+    given = tmp_path / "flow.json"
+    given.write_text(json.dumps(FLOW), "utf-8")
+    assert cli.main(["workflow", "bypass", str(given), "-o", str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}: make it" in capsys.readouterr().err
+    assert cli.main(["workflow", "run", str(given), "--server", "file:///etc/passwd"]) == 2
+    assert "wanted http://" in capsys.readouterr().err
+
+
+def test_kernels_are_named_where_widgets_are_not_listed_among_the_inputs(tmp_path, capsys) -> None:
+    """As in the workflows that ComfyUI writes into pictures and videos."""
+    workflow = read("wan2.2_t2v_14b")
+    for node in workflow["nodes"]:
+        node["inputs"] = [one for one in node.get("inputs", []) if "widget" not in one or one.get("link")]
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(workflow), "utf-8")
+    assert cli.main(["workflow", "show", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "AttentionSelector (115" in said and said.count(": auto") == 2, said

@@ -76,6 +76,14 @@ export function summarise(runs) {
       );
       sum.why = [...new Set(sum.why)].slice(0, REASONS);
     }
+    if (node.discarded && wishes.length) {
+      // They were done again on ComfyUI's own attention; the notes say why.
+      const sum = counts.get("host") ?? { name: "host", count: 0, warn: false, why: [] };
+      sum.count += node.discarded;
+      sum.warn = true;
+      sum.why = [...new Set([...sum.why, `Asked for: ${wishes.join(", ")}.`, ...run.notes])].slice(0, REASONS);
+      counts.set("host", sum);
+    }
     // The first line of the text repeats the kernels, where there are any.
     for (const line of node.text.split("\n").slice(node.calls ? 1 : 0)) lines.add(line);
     for (const note of run.notes) lines.add(note);

@@ -19,14 +19,24 @@ const packOf = (type) => globalThis.LiteGraph?.registered_node_types?.[type]?.no
 /** Is `node` one of the pack's that patch a model? Another pack may have brought the ids of the last three. */
 const isOurs = (node) => PATCHES.has(node.type) && packOf(node.type) === packOf("AttentionSelector");
 
+// In the properties of a node that was bypassed with all others: "enable all" gives those back and no others, as a
+// workflow may hold nodes that were bypassed before.
+const MARK = "attune_bypassed";
+
 /** Set every attention node of the open workflow from one mode to another, as one step of Ctrl+Z; returns how many. */
 function change(from, to) {
   const all = new Set([...walk(rootGraph())].map(([, node]) => node)); // a subgraph may be there twice
-  const nodes = [...all].filter((node) => isOurs(node) && node.mode === from);
+  const there = [...all].filter((node) => isOurs(node) && node.mode === from);
+  const marked = there.filter((node) => node.properties?.[MARK]);
+  const nodes = to === ACTIVE && marked.length ? marked : there;
   if (!nodes.length) return 0;
   app.canvas.emitBeforeChange();
   try {
-    for (const node of nodes) node.mode = to;
+    for (const node of nodes) {
+      node.mode = to;
+      if (to === BYPASSED) (node.properties ??= {})[MARK] = true;
+      else delete node.properties?.[MARK];
+    }
   } finally {
     app.canvas.emitAfterChange();
   }
