@@ -15,6 +15,7 @@ from comfy.cli_args import args as launch
 from ..attention.listing import kernel_rows
 from ..attention.machine import Machine, with_memory_now
 from ..attention.plan import HOST, expand
+from ..doctor.diagnose import remarks
 from ..doctor.doctor_command import bundle as doctor_bundle
 from ..doctor.env_file import VARIABLE
 from ..doctor.kernel_verdict import KernelVerdict
@@ -25,6 +26,7 @@ from ..doctor.store import home
 from ..kernels import KERNELS
 from .comfyui import default_account, switched_off
 from .process import PACK, kernels, machine, verdicts
+from .remembered import failed
 from .server import say_on_node
 
 _MOST_LETTERS = 2000  # of what a kernel's process said
@@ -50,6 +52,15 @@ def _remarks() -> list[str] | None:
         said.append("ATTUNE=off: the pack does nothing in this ComfyUI; its nodes pass models through.")
     if getattr(launch, "cpu", False):
         said.append("ComfyUI was started with --cpu: GPUs are not looked at.")
+    here = machine()
+    for name, (why, count) in failed(home(), kernels(), here).items():
+        models = f"{count} model{'s' if count > 1 else ''}"
+        if not said:
+            said += remarks(here, here.main_device)
+        said.append(
+            f"{name}: {why} in {models} sampled here, and is not used there any more. `attune cache clear --verdicts` "
+            "gives it a new chance."
+        )
     return said or None
 
 

@@ -67,6 +67,20 @@ def recall(folder: Path, model: str, kernels: dict[str, Kernel], machine: Machin
     return [_finding(entry) for entry in entries if entry["around"] == _around(kernels.get(entry["kernel"]), machine)]
 
 
+def failed(folder: Path, kernels: dict[str, Kernel], machine: Machine) -> dict[str, tuple[str, int]]:
+    """Kernel → (why it is not used somewhere, in how many models), of what still holds."""
+    found: dict[str, tuple[str, int]] = {}
+    for entries in store(folder).read().values():
+        held = {
+            entry["kernel"]: entry["reason"]
+            for entry in entries
+            if entry["around"] == _around(kernels.get(entry["kernel"]), machine)
+        }
+        for name, reason in held.items():
+            found[name] = (str(reason), found.get(name, ("", 0))[1] + 1)
+    return found
+
+
 def remember(
     folder: Path, model: str, findings: Iterable[Finding], kernels: dict[str, Kernel], machine: Machine
 ) -> None:

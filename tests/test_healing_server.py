@@ -177,6 +177,9 @@ def test_nan_in_every_call_is_healed_once_and_remembered(bench, make, calls):
     where = "a block with no number" if make in (sd3, ancestral) else "block 0"
     assert f"{SAGE} {NOT_FINITE} in {where} (self attention, " in notes(first)
     assert notes(second) == "" and f"not {SAGE} ×{calls}: {NOT_FINITE} in an earlier run" in text(second)
+    remarks = bench.server.get("/attune/machine")["remarks"]
+    (said,) = (one for one in remarks if one.startswith(f"{SAGE}: {NOT_FINITE}"))
+    assert "`attune cache clear --verdicts`" in said and "is not used there any more" in said
 
 
 def test_the_controlnet_takes_part(bench):
