@@ -201,6 +201,7 @@ export class BlockMap {
     }
     for (const event of this.#run?.events ?? []) {
       if (event.step === null || !["demotion", "repeat"].includes(event.kind)) continue;
+      if (this.#kind && event.of && event.of !== this.#kind) continue;
       const x = u.valToPos(Math.floor((event.step - grid.first) / grid.columnsOf), "x", true);
       const inside = event.kind === "demotion" && event.block !== null && grid.rows[0] !== null;
       const y = inside ? u.valToPos(Math.floor(Number(event.block) / grid.rowsOf), "y", true) : u.bbox.top - 1.4 * size;

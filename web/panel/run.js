@@ -2,7 +2,10 @@
 
 /** A block of null stands for calls outside any block. @typedef {number | null} Block */
 /** @typedef {{calls: number, seconds: number | null, share: number | null, error: number | null}} Figures */
-/** @typedef {{id: number, kind: string, text: string, block: Block, step: number | null, count: number}} Happening */
+/**
+ * `of`: the kind of attention, "" where it is of none.
+ * @typedef {{id: number, kind: string, text: string, block: Block, step: number | null, count: number, of: string}} Happening
+ */
 /** Kind of attention → kernel → calls. @typedef {Map<string, Map<string, number>>} Cell */
 /**
  * Rows of blocks and columns of steps; each may stand for several where there are very many.
@@ -129,8 +132,8 @@ export class Run {
   /** @param {any[]} events @param {boolean} more They come on top of those that are known. */
   #happened(events, more) {
     const all = new Map(more ? this.events.map((one) => [one.id, one]) : []);
-    events.forEach(({ id, kind, text, block = null, step = null, count = 1 }, place) => {
-      all.set(id ?? place, { id: id ?? place, kind, text, block, step, count });
+    events.forEach(({ id, kind, text, block = null, step = null, count = 1, call_kind = "" }, place) => {
+      all.set(id ?? place, { id: id ?? place, kind, text, block, step, count, of: call_kind });
     });
     this.events = [...all.values()].slice(-MOST_EVENTS);
     this.eventsLeftOut = Math.max(this.eventsLeftOut, all.size - MOST_EVENTS);

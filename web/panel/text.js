@@ -43,7 +43,7 @@ export const ENGLISH = {
 
   "run.number": "Run {number}",
   "run.steps": "steps {first}–{last} of {steps}",
-  "run.one": "step {step} of {steps}",
+  "run.one": "step {step} of {steps}, counted from 0",
   "run.step": "step {step} (of {first}–{last})",
   "run.only": "step {step}",
   "run.whole": "{steps} steps",
