@@ -10,8 +10,8 @@ from .venv import Venv
 
 OLDEST = "0.35.2"
 SAME = {"test_diffusers_memory.py"}  # it has nothing of diffusers but the name
-# They start processes and take minutes: not in every run of the whole suite.
-SLOW = {"test_diffusers_packages.py", "test_diffusers_parallel.py", "test_diffusers_run.py"}
+# They start processes or compile, and take minutes: not in every run of the whole suite.
+SLOW = {f"test_diffusers_{name}.py" for name in ("lifetime", "packages", "parallel", "run")}
 
 
 def tests(whole: bool = True) -> list[str]:
