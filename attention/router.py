@@ -139,7 +139,7 @@ class Router:
                 enable_gqa,
                 low_precision_attention,
                 tuple(unknown) if unknown else None,
-                (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+                torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
             )
         except AttributeError:
             known = _given(transformer_options, scale, enable_gqa, low_precision_attention, _inside_attn_wrapper)
