@@ -34,7 +34,7 @@ MODULES = "/extensions/ComfyUI-Attune/panel"
 def shown(browser, server, tmp_path_factory):
     comfy = ComfyPage(browser, server, vue=True)  # test_panel_workflow.py has the panel beside both renderers
     comfy.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    comfy.page.set_default_timeout(15_000)
+    comfy.page.set_default_timeout(60_000)
     comfy.page.set_viewport_size({"width": 1600, "height": 1500})
     panel = Panel(Desk(comfy, tmp_path_factory.mktemp("pictures")))
     panel.theme("dark")

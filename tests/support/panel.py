@@ -187,7 +187,7 @@ class Panel:
     def button(self, name: str):
         return self.page.get_by_role("button", name=name, exact=True)
 
-    def until(self, true: Callable[[], Any], seconds: float = 10) -> None:
+    def until(self, true: Callable[[], Any], seconds: float = 60) -> None:
         """Let the page go on until `true()` is."""
         deadline = time.monotonic() + seconds
         while not true():
