@@ -106,13 +106,16 @@ def link_folder(target: Path, link: Path) -> None:
         link.symlink_to(target, target_is_directory=True)
 
 
-def make_base(base: Path, models: Path, packs: tuple = ()) -> Path:
-    """Make a base directory for a server: this pack and `packs` linked in, the models of `models`. Returns `base`."""
+def make_base(base: Path, models: Path, packs: tuple = (), pack: Path = ROOT) -> Path:
+    """Make a base directory for a server: this pack and `packs` linked in, the models of `models`. Returns `base`.
+
+    `pack` is where this pack lies, if it is not the checkout.
+    """
     for name in ("custom_nodes", "input", "output", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     models.mkdir(parents=True, exist_ok=True)
     link_folder(models, base / "models")
-    link_folder(ROOT, base / "custom_nodes" / "ComfyUI-Attune")
+    link_folder(pack, base / "custom_nodes" / ("ComfyUI-Attune" if pack == ROOT else pack.name))
     for pack in packs:
         link_folder(pack, base / "custom_nodes" / pack.name)
     return base

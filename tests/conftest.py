@@ -91,15 +91,15 @@ def models(comfyui_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def make_server(comfyui_folder, models, tmp_path_factory):
-    """make_server(*flags, packs=(), env=None, folder="base"): a started Server of its own, on a new base directory.
+    """make_server(*flags, packs=(), env=None, folder="base", pack=ROOT): a started Server on a new base directory.
 
-    `packs` are folders of further custom nodes; `folder` names the base directory. Stop it (`server.stop()`) as soon
-    as you are done with it; at the end of the session all are stopped.
+    `packs` are folders of further custom nodes; `folder` names the base directory; `pack` is this pack's folder. Stop
+    it (`server.stop()`) as soon as you are done with it; at the end of the session all are stopped.
     """
     started: list[Server] = []
     home = tmp_path_factory.mktemp("home")  # so that kernels are proved once for all servers
 
-    def make(*flags: str, packs=(), env=None, folder="base") -> Server:
+    def make(*flags: str, packs=(), env=None, folder="base", pack=ROOT) -> Server:
         base = tmp_path_factory.mktemp(folder)
         server = Server.fresh(
             Path(sys.executable),
@@ -109,6 +109,7 @@ def make_server(comfyui_folder, models, tmp_path_factory):
             ("--cpu", *flags),
             packs,
             {"ATTUNE_HOME": str(home), **(env or {})},
+            pack,
         )
         started.append(server)
         server.start()

@@ -73,9 +73,22 @@ class Server(Host):
     """A Host with a client. Start one with `with Server.fresh(...) as server:`."""
 
     @classmethod
-    def fresh(cls, python: Path, comfyui_folder: Path, base: Path, models: Path, flags=("--cpu",), packs=(), env=None):
-        """A server, not started yet, on a new base directory `base`; `packs` are folders of further custom nodes."""
-        return cls(python, comfyui_folder, comfyui.make_base(base, models, tuple(packs)), flags, env=env)
+    def fresh(
+        cls,
+        python: Path,
+        comfyui_folder: Path,
+        base: Path,
+        models: Path,
+        flags=("--cpu",),
+        packs=(),
+        env=None,
+        pack=ROOT,
+    ):
+        """A server, not started yet, on a new base directory `base`; `packs` are folders of further custom nodes.
+
+        `pack` is where this pack lies, if it is not the checkout.
+        """
+        return cls(python, comfyui_folder, comfyui.make_base(base, models, tuple(packs), pack), flags, env=env)
 
     def __enter__(self) -> "Server":
         self.start()
