@@ -8,7 +8,6 @@ import importlib.util
 import json
 import re
 import sys
-import time
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -153,14 +152,20 @@ def test_it_shows_how_far_it_is_and_stopped_it_writes_what_was_measured(server):
 
     identity = listen(server, prompt, second_row)
     server.interrupt()
-    began = time.monotonic()
     result = server.wait(identity)
-    assert time.monotonic() - began < 4, "stopped between two calls, not between two rows"
     assert result.history["status"]["messages"][-1][0] == "execution_interrupted"
     assert values[0][0] == 0 and values[-1][1:] == (5 * len(EXACT_KERNELS), "40")
     (written,) = set(csv_files(server)) - set(before)
     rows = read_result(written)["rows"]
     assert 1 <= len(rows) < 10 and rows[0]["shape"] == "wan 256x256 25f self" and rows[0]["status"] == "measured"
+
+
+def test_it_is_stopped_between_two_calls_not_between_two_rows(server):
+    prompt = {"40": bench(shapes="smoke", seconds=60.0, seed=6)}
+    identity = listen(server, prompt, lambda kind, data: kind == "progress")
+    server.interrupt()
+    result = server.wait(identity, seconds=45)  # the first row takes a minute
+    assert result.history["status"]["messages"][-1][0] == "execution_interrupted"
 
 
 @pytest.mark.parametrize(

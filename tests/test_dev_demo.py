@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -118,14 +117,12 @@ def test_the_pack_loads_from_a_path_with_a_space_and_letters_beyond_ascii(make_s
 
 
 def test_the_demo_runs_the_main_workflow_to_a_video(comfyui_folder, models):
-    started = time.monotonic()
     process = dev(ROOT, "demo", COMFYUI_PATH=str(comfyui_folder))
     lines = process.stdout.splitlines()
     assert process.returncode == 0, process.stdout + process.stderr
     assert lines[-1] == "demo: ok"
     for words in ("==> Machine", "==> Kernels on this machine", "high noise: ", "low noise: ", ".mp4"):
         assert any(words in line for line in lines), process.stdout
-    assert time.monotonic() - started < 40
 
 
 def test_a_demo_without_records_of_the_pack_fails(comfyui_folder, models, tmp_path):

@@ -113,7 +113,7 @@ def test_an_import_that_never_ends_is_hung_and_what_it_started_is_ended(place):
     make(place, "xformers", "fine")
     started = time.monotonic()
     verdicts = import_probe.probe(["sageattention", "flash_attn", "xformers"], limit=3, patience=0.5)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60
     assert {name: verdict.outcome for name, verdict in verdicts.items()} == {
         "sageattention": "hung", "flash_attn": "hung", "xformers": "works",
     }  # fmt: skip

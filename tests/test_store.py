@@ -115,9 +115,10 @@ def test_a_folder_that_only_lets_read_keeps_what_was_there_and_costs_no_time(fil
 
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(module, "PATIENCE", 60)
     started = time.monotonic()
     assert not add("new")
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 30, "it waited"
     assert len(caplog.messages) == 1 and "cannot be written" in caplog.text
     monkeypatch.undo()
     assert keys() == {"old"}
@@ -213,18 +214,19 @@ def lock(file):
 
 
 @pytest.mark.parametrize("seconds", [-60, 60])
-def test_the_lock_of_a_process_that_died_is_removed(add, keys, lock, seconds):
+def test_the_lock_of_a_process_that_died_is_removed(add, keys, lock, seconds, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 60)
     os.utime(lock, (time.time() + seconds,) * 2)
     started = time.monotonic()
     assert add("new") and keys() == {"new"}
-    assert time.monotonic() - started < 1 and not lock.exists()
+    assert time.monotonic() - started < 30 and not lock.exists()
 
 
 def test_a_lock_that_stays_delays_an_update_and_does_not_prevent_it(add, keys, lock, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.3)
     started = time.monotonic()
     assert add("new") and keys() == {"new"}
-    assert 0.3 <= time.monotonic() - started < 2
+    assert 0.3 <= time.monotonic() - started < 30
     assert lock.exists()  # it is somebody else's
 
 
