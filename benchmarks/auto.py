@@ -11,7 +11,6 @@ one thread, and the process's own time beside the wall clock's, since the machin
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -22,51 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from wan_model import import_comfy, random_wan
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+from support.loading import load_package  # noqa: E402
+
 KERNELS = ("sdpa_flash", "sdpa_math", "split", "sub_quad")
-
-
-def load_pack() -> None:
-    """Import this checkout as `comfyui_attune` without putting it on `sys.path`."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec and spec.loader
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_attune"] = package
-    spec.loader.exec_module(package)
-
-
-def import_comfy(folder: Path, cpu: bool) -> None:
-    sys.path.append(str(folder))
-    import comfy.options  # noqa: F401  First: it keeps comfy.cli_args from reading our arguments.
-    from comfy.cli_args import args
-
-    args.cpu = cpu
-
-
-def small_wan(blocks: int, folder: Path) -> Any:
-    """A ModelPatcher of a Wan 2.1 text-to-video model with random weights, loaded from a file as any other."""
-    import comfy.ldm.wan.model
-    import comfy.ops
-    import comfy.sd
-    import safetensors.torch
-    import torch
-
-    net = comfy.ldm.wan.model.WanModel(
-        model_type="t2v", in_dim=16, out_dim=16, dim=256, ffn_dim=512, num_heads=2, num_layers=blocks, text_dim=768,
-        operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
-    random = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.ones(old.shape) if name.endswith("norm_q.weight") or name.endswith("norm_k.weight")
-        else torch.randn(old.shape, generator=random) * (0.02 if old.ndim < 2 else old[0].numel() ** -0.5)
-        for name, old in net.state_dict().items()
-    }  # fmt: skip
-    file = folder / "wan.safetensors"
-    about = {"config": json.dumps({"transformer": {"text_dim": 768}})}
-    safetensors.torch.save_file({name: weight.half().contiguous() for name, weight in state.items()}, file, about)
-    return comfy.sd.load_diffusion_model(str(file))
 
 
 def main() -> None:
@@ -83,17 +45,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ["ATTUNE_HOME"] = home
         os.environ.pop("ATTUNE_TUNE", None)
-        result = measure(options, Path(home))
+        result = measure(options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     import_comfy(options.comfyui, options.device == "cpu")
-    load_pack()
-    import torch
-
+    load_package("comfyui_attune", ROOT)
     if options.device == "cpu":
         torch.set_num_threads(1)
     import comfy.sample
@@ -103,9 +63,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from comfyui_attune.host.comfyui import attach
     from comfyui_attune.host.runs import RUNS
 
-    model = small_wan(options.blocks, folder)
+    model = random_wan(torch.float16, blocks=options.blocks, dim=256, ffn_dim=512, text_dim=768)
     kernels = tuple(filter(None, options.kernels.split(",")))
-    machine = process.machine()
+    machine, timings = process.machine(), process.MEASURED.timings
     process.verdicts().settle(machine.main_device.name)  # before anything is timed
     latent = torch.zeros(1, 16, 1, 2 * 32, options.tokens // 32 * 2)
     generator = torch.Generator().manual_seed(0)
@@ -134,9 +94,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             order = (*(n for n in order if n != names[-1]), names[-1])
         for name in order:
             if name == "auto, first run":
-                process.TIMINGS.known.clear()
-                process.TIMINGS.host_seconds.clear()
-                process.TIMINGS.allowance = 0.0
+                timings.known.clear()
+                timings.host_seconds.clear()
+                timings.allowance = 0.0
             wall, own, out = run(name, options.steps)
             taken[name].append((wall, own))
             record = RUNS.all()[-1].record
@@ -153,7 +113,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 if number == 0:
                     same.append(torch.equal(out, run("auto", options.steps)[2]))
             print(f"{number + 1}/{options.rounds} {name:<18} {wall:7.2f} s, own {own:7.2f} s", flush=True)
-    known = {key: {name: vars_of(one) for name, one in found.items()} for key, found in process.TIMINGS.known.items()}
+    known = {key: {name: vars_of(one) for name, one in found.items()} for key, found in timings.known.items()}
     which = 0 if options.device == "cuda" else 1
     medians = {name: statistics.median(one[which] for one in taken[name]) for name in names}
     best = min(kernels, key=medians.__getitem__)

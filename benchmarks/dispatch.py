@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import platform
 import statistics
@@ -23,17 +22,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_pack() -> None:
-    """Import this checkout as `comfyui_attune` without putting it on `sys.path`."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec and spec.loader
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_attune"] = package
-    spec.loader.exec_module(package)
+sys.path.append(str(ROOT / "tests"))
+from support.loading import load_package  # noqa: E402
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -119,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    load_pack()
+    load_package("comfyui_attune", ROOT)
     torch.set_num_threads(1)
     results = {}
     for name, skip_reshape in (("layout (B, N, H*D)", False), ("layout (B, H, N, D)", True)):

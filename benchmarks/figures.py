@@ -10,7 +10,6 @@ Of several results of one machine the newest counts. Nothing is claimed of a GPU
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -19,23 +18,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+from support.loading import load_package  # noqa: E402
+
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 BASELINE = "sdpa"
 
 Result = Mapping[str, Any]
-
-
-def load_pack() -> None:
-    """Import this checkout as `comfyui_attune` without putting it on `sys.path`."""
-    if "comfyui_attune" in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec and spec.loader
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_attune"] = package
-    spec.loader.exec_module(package)
 
 
 def on_cpu(result: Result) -> bool:
@@ -154,7 +143,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 where something would change")
     options = parser.parse_args(arguments)
-    load_pack()
+    load_package("comfyui_attune", ROOT)
     readme, images = root / "README.md", root / "docs" / "images"
     try:
         found = results(root / "benchmarks" / "results")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import platform
 import statistics
@@ -28,6 +27,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+from support.loading import load_package  # noqa: E402
+
 # tokens, heads, head dimension, blocks, what it is like
 SHAPES = {
     "cpu": [(1024, 8, 64, 6, "small"), (2048, 8, 64, 6, "larger")],
@@ -38,17 +40,6 @@ SHAPES = {
         (75600, 40, 128, 2, "Wan 14B, 720p, 81 frames"),
     ],
 }
-
-
-def load_pack() -> None:
-    """Import this checkout as `comfyui_attune` without putting it on `sys.path`."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec and spec.loader
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_attune"] = package
-    spec.loader.exec_module(package)
 
 
 class Block(torch.nn.Module):
@@ -202,7 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    load_pack()
+    load_package("comfyui_attune", ROOT)
     gc.disable()
     if options.device == "cpu":
         torch.set_num_threads(1)

@@ -7,8 +7,8 @@ Needs an NVIDIA GPU, but for --dry, which shows that this program runs; its time
 run a shape is timed in each round, one after the other, so that what the GPU does meanwhile (heat, clocks) hits all of
 them; a figure is the median of the rounds' medians. Quantisation is part of a call. TOPS counts 4·B·H·N·M·D operations.
 Also found: what a call costs the CPU, how many launches it is, what it allocates, whether it waits for the GPU, and how
-long the first use takes in a process and a cache of its own. The aims of the project are judged in the end; what was
-not measured is said to be that. How exact the kernels are: int8_errors.py --device cuda.
+long the first use takes in a process and a cache of its own. The aims of the project (int8_aims.py) are judged in the
+end; what was not measured is said to be that. How exact the kernels are: int8_errors.py --device cuda.
 
 With --tiles, attune_int8 is timed with other tiles than the shipped one: write what is better into
 kernels/int8/tiles.py, and what you saw into int8-log.md.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
@@ -28,13 +27,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+from int8_aims import DRY, told, verdicts  # noqa: E402
+
+from support.loading import load_package  # noqa: E402
+
 OURS = ("attune_int8", "attune_bf16")
 # Batch, heads, queries, keys, head dimension: Wan 2.2 14B (480p, 720p, 81 frames), Flux, SDXL (docs/benchmarks.md).
 SHAPES = {
@@ -45,41 +49,22 @@ SHAPES = {
     "sdxl-4096": (2, 10, 4096, 4096, 64),
 }
 DRY_SHAPES = {name: (batch, 1, -(-n // 500), -(-m // 500), dim) for name, (batch, _, n, m, dim) in SHAPES.items()}
-SELF = ("wan-32760", "wan-75600")
-# On an H200: what is the least, the goal, and what would be better still.
-TOPS = (880, 1050, 1200)
-TIMES_AS_FAST = {
-    "the best SDPA back end": (1.35, 1.6, 1.85),
-    "kitchen_int8": (1.4, 1.6, 2.0),  # 0.2.40 or newer: the kernel's own rule
-    "sage1": (1.6, 1.9, 2.2),
-}
-SAGE = "1.0.6"
-DRY = "no GPU, a dry run"
-REACHED = ("met", "goal met", "stretch met")
 TILES = [
     {"bm": bm, "bn": bn, "warps": warps, "stages": stages, "tma": tma}
     for (bm, warps), bn, stages, tma in itertools.product(((128, 8), (64, 4)), (64, 128), (2, 3, 4), (False, True))
 ]
-Row = Mapping[str, Any]
 # (name, run, does it take (B, tokens, H, D)?, what else is known of it)
 Contender = tuple[str, Callable[..., torch.Tensor], bool, dict[str, Any]]
-
-
-def load(name: str, path: Path, **options: Any) -> Any:
-    """A module from its file, without its folder on `sys.path`."""
-    spec = importlib.util.spec_from_file_location(name, path, **options)
-    assert spec and spec.loader
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def load_pack(dry: bool) -> None:
     """Import this checkout as `comfyui_attune`."""
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read while Triton is imported
-        load("attune_interpreter", ROOT / "tests" / "support" / "interpreter.py")._mend()
-    load("comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        from support import interpreter
+
+        interpreter._mend()
+    load_package("comfyui_attune", ROOT)
 
 
 def tensors(shape: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
@@ -241,89 +226,6 @@ def use_first(kernel: str, dry: bool) -> None:
     out = next(each for each in KERNELS if each.name == kernel).load()(*qkv)
     finite = bool(torch.isfinite(out).all())  # which waits for it
     print(f"first use of {kernel}, finite: {finite}, seconds: {time.perf_counter() - began:.2f}")
-
-
-def judge(found: float, steps: Sequence[float], most: bool = False) -> str:
-    """steps: what is the least (with `most`, the most) to be met, and better ones behind it."""
-    reached = sum(found <= step if most else found >= step for step in steps)
-    return REACHED[reached - 1] if reached else "missed"
-
-
-def verdicts(
-    rows: Sequence[Row], left_out: Mapping[str, Mapping[str, str]], first: Mapping[str, float | str], gpu: str
-) -> Iterator[dict[str, Any]]:
-    """Each aim beside what was found: {aim, shape, wanted, found, verdict}.
-
-    left_out: shape → kernel → why it was not timed. first: kernel → seconds of its first use, or why there are none.
-    A figure that is missing is never met. Speeds are judged on an H200 alone, as that is what they are asked of, and
-    nothing is in a dry run.
-    """
-    by = {(row["shape"], row["kernel"]): row for row in rows}
-    timed = "" if "H200" in gpu else f"no verdict: the aim is an H200's, this is {gpu}"
-    dry = "no verdict: a dry run" if gpu == DRY else ""
-
-    def one(aim: str, shape: str, found: float | str, steps: Sequence[float], most: bool = False, no: str = "") -> Any:
-        verdict = f"not measured: {found}" if isinstance(found, str) else dry or no or judge(found, steps, most)
-        figure = None if isinstance(found, str) else found
-        return {"aim": aim, "shape": shape, "wanted": list(steps), "found": figure, "verdict": verdict}
-
-    def why(shape: str, kernel: str) -> str:
-        return f"{kernel}: {left_out[shape].get(kernel, 'not timed')}" if shape in left_out else f"{shape} not run"
-
-    def figure(shape: str, kernel: str, name: str) -> float | str:
-        row = by.get((shape, kernel))
-        return why(shape, kernel) if row is None else row.get(name, f"{kernel}: no figure")
-
-    def ratio(shape: str, ours: str, others: Sequence[str], title: str) -> float | str:
-        mine = figure(shape, ours, "ms")
-        theirs = [by[shape, other]["ms"] for other in others if (shape, other) in by]
-        if isinstance(mine, str) or not theirs:
-            return mine if isinstance(mine, str) else why(shape, others[0]) if others else f"no {title} was timed"
-        return min(theirs) / mine
-
-    sdpa = ("sdpa", *sorted({row["kernel"] for row in rows if row["kernel"].startswith("sdpa_")}))
-    exact = sorted({row["kernel"] for row in rows if row["exact"]} - {"attune_bf16"})
-    for shape in SELF:
-        yield one("attune_int8: TOPS", shape, figure(shape, "attune_int8", "tops"), TOPS, no=timed)
-        for other, steps in TIMES_AS_FAST.items():
-            names, no = (sdpa if other not in ("kitchen_int8", "sage1") else (other,)), timed
-            version = by.get((shape, other), {}).get("version", "")
-            if other == "sage1" and version != SAGE:
-                no = no or f"no verdict: the aim is against sageattention {SAGE}, this is {version or 'unknown'}"
-            found = ratio(shape, "attune_int8", names, other)
-            yield one(f"attune_int8: times as fast as {other}", shape, found, steps, no=no)
-        found = ratio(shape, "attune_bf16", exact, "exact kernel")
-        yield one("attune_bf16: times as fast as the best exact kernel", shape, found, (0.9,), no=timed)
-        found, allowed = figure(shape, "attune_int8", "extra"), figure(shape, "attune_int8", "allowed")
-        if not isinstance(found, str) and not isinstance(allowed, str):
-            found /= allowed
-        # Padding and numbers per channel are below one part in a hundred.
-        yield one("attune_int8: memory beyond that of K and V in 8 bits (e4m3)", shape, found, (1.01,), most=True)
-    for shape, least in (("wan-cross", 1.0), ("sdxl-4096", 1.1)):
-        verdict = one(
-            "attune_int8: times as fast as the best SDPA back end, or auto sends it there",
-            shape, ratio(shape, "attune_int8", sdpa, "SDPA back end"), (least,), no=timed,
-        )  # fmt: skip
-        if verdict["verdict"] == "missed":
-            verdict["verdict"] += ": auto has to send it to SDPA; look at what it measures"
-        yield verdict
-    for kernel, most in (("attune_int8", 3), ("attune_bf16", 1)):
-        for name, title, steps in (
-            ("launches", "launches a call", (most,)),
-            ("cpu_us", "microseconds of the CPU a call", (30,)),
-            ("waits", "does a call wait for the GPU", (0,)),
-        ):
-            shapes = [row["shape"] for row in rows if row["kernel"] == kernel and name in row]
-            worst = max(by[shape, kernel][name] for shape in shapes) if shapes else figure(SELF[0], kernel, name)
-            yield one(f"{kernel}: {title}", "the worst", worst, steps, most=True)
-        seconds = first.get(kernel, "not tried")
-        yield one(f"{kernel}: seconds of the first use", "any", seconds, (20,), most=True)
-
-
-def told(verdict: Row) -> str:
-    found = "" if verdict["found"] is None else f"{float(verdict['found']):.4g}, "
-    wanted = " / ".join(f"{step:g}" for step in verdict["wanted"])
-    return f"  {verdict['aim']} ({verdict['shape']}; wanted {wanted}): {found}{verdict['verdict']}"
 
 
 def main() -> int:

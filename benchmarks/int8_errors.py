@@ -10,7 +10,6 @@ lossy kernels that can run there are asked as well (attune_int8, sage1, …), in
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+from support import int8_recipes as recipes  # noqa: E402
+from support.loading import load_package  # noqa: E402
+
 # What is changed in the recipe.
 RECIPES: dict[str, dict[str, Any]] = {
     "attune_int8": {},
@@ -50,15 +53,7 @@ STUDY_LENGTH = 32_768
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def load(name: str, path: Path, **options: Any) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path, **options)
-    assert spec and spec.loader
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def recipes_of(recipes: Any, length: int) -> Iterator[tuple[str, Attend]]:
+def recipes_of(length: int) -> Iterator[tuple[str, Attend]]:
     for name, changes in RECIPES.items():
         yield name, lambda *qkv, changes=changes: recipes.attune_int8(*qkv, **changes)
     yield "SageAttention 2", recipes.sage2
@@ -98,8 +93,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    load("comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    recipes = load("attune_int8_recipes", ROOT / "tests" / "support" / "int8_recipes.py")
+    load_package("comfyui_attune", ROOT)
     from comfyui_attune.attention.errors import measure_errors
 
     torch.set_num_threads(1)
@@ -111,7 +105,7 @@ def main() -> None:
             q, k, v = recipes.make_case(kind, queries, length, device=options.device)
             cases[kind] = q, k, v, recipes.exact(q, k, v)
         print(f"\n{length} keys\n\n| recipe | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}", flush=True)
-        for name, attend in [*recipes_of(recipes, length), *real]:
+        for name, attend in [*recipes_of(length), *real]:
             found = {kind: measure_errors(attend(q, k, v), wanted) for kind, (q, k, v, wanted) in cases.items()}
             print(f"| {name} | {' | '.join(f'{errors.l2:.4f}' for errors in found.values())} |", flush=True)
             about = {"recipe": name, "keys": length, "queries": queries}

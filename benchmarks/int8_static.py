@@ -10,13 +10,17 @@ with the tile that is taken unmeasured; `others` are those that are measured bes
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import triton_static  # noqa: E402
+
+from support.loading import load_package  # noqa: E402
+
 REPORTS = ROOT / "benchmarks" / "static"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # Kernel and width; "mask": a bool mask over queries and keys, and with "float" one of numbers; "short": few keys.
@@ -32,27 +36,11 @@ VARIANTS = (
     *("attend-128-mask-float", "attend-128-padded", "attend-128-fp32", "quantise-128-fp32", "exact-128-pointers"),
 )
 CASES = SHIPPED + VARIANTS
-
-
-def load(name: str, path: Path, **options: Any) -> Any:
-    """A module from its file, without its folder on `sys.path`; one that is loaded already is taken as it is."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path, **options)
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def load_all() -> Any:
-    """Import this checkout as `comfyui_attune`, and give the module triton_static."""
-    load("comfyui_attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    return load("attune_triton_static", ROOT / "benchmarks" / "triton_static.py")
+load_package("comfyui_attune", ROOT)
 
 
 def candidates(name: str, target: str) -> tuple[Any, ...]:
     """The tiles that the pack has for a case on `target`, the one that is taken unmeasured first."""
-    load_all()
     from comfyui_attune.kernels.int8 import tiles
 
     kind, width, *rest = name.split("-")
@@ -63,7 +51,6 @@ def candidates(name: str, target: str) -> tuple[Any, ...]:
 
 def make_case(name: str, target: str, tile: Any = None) -> Any:
     """The Case `name` of CASES with this tile; None is the first that the pack has for `target`."""
-    static = load_all()
     from comfyui_attune.kernels.int8 import exact, forward, quantise, tiles
 
     tile = tile or candidates(name, target)[0]
@@ -104,14 +91,14 @@ def make_case(name: str, target: str, tile: Any = None) -> Any:
         for name, kind in types.items()
         if kind.startswith("*") or name in ("kv_pad", "dim", "chunk") or name[1:3] == "_s"
     )
-    return static.Case(name, kernel, types, constants, divisible, options)
+    return triton_static.Case(name, kernel, types, constants, divisible, options)
 
 
 def report(name: str, target: str, tile: Any = None, assembly: Path | None = None) -> dict[str, Any]:
     """The report of one case, with its tile."""
     case = make_case(name, target, tile)
     sizes = {key: case.constants[key] for key in ("BM", "BN", "BT", "STAGES", "TMA", "FP8") if key in case.constants}
-    return {"tile": sizes, **load_all().measure(case, target, assembly)}
+    return {"tile": sizes, **triton_static.measure(case, target, assembly)}
 
 
 def reports(name: str, target: str, assembly: Path | None = None) -> dict[str, Any]:

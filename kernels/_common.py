@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, MaskKind
 from ..attention.hub_package import hub_package
@@ -107,6 +108,11 @@ def needs_cuda(at_least: str) -> MachineRule:
     return rule
 
 
+def v_dim_by_8(call: AttentionCall, _machine: Machine) -> str | None:
+    """Refuse values whose width does not divide by 8, in kernels that take another one than keys have."""
+    return f"needs values of a width divisible by 8, this is {call.v_dim}" if call.v_dim % 8 else None
+
+
 @functools.lru_cache(maxsize=64)
 def capability_of(index: int | None) -> tuple[int, int] | None:
     """Compute capability of the GPU of this number; None for a CPU (None, -1) and on AMD."""
@@ -115,12 +121,12 @@ def capability_of(index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index)
 
 
-def capability(tensor: torch.Tensor) -> tuple[int, int] | None:
+def capability(tensor: Tensor) -> tuple[int, int] | None:
     """Compute capability of the GPU that holds `tensor`; None elsewhere and on AMD."""
     return capability_of(tensor.get_device()) if tensor.is_cuda else None
 
 
-def upright(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:
+def upright(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
     """The same product with a scale that is not negative.
 
     FlashAttention and what comes from it take the row maximum before scaling: with a negative scale that is the
@@ -129,7 +135,7 @@ def upright(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float |
     return (q, scale) if scale is None or scale >= 0 else (-q, -scale)
 
 
-def rows(tensor: torch.Tensor) -> torch.Tensor:
+def rows(tensor: Tensor) -> Tensor:
     """`tensor`, copied only where its rows cannot be read in blocks of 8 numbers (16 bytes in half precision)."""
     strides = tensor.stride()
     odd = tensor.storage_offset()
@@ -145,14 +151,7 @@ def on_device(run: _Run) -> _Run:
     """
 
     @functools.wraps(run)
-    def guarded(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> Any:
+    def guarded(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Any:
         if not q.is_cuda:
             return run(q, k, v, mask=mask, scale=scale)
         with torch.cuda.device(q.device):
@@ -161,7 +160,7 @@ def on_device(run: _Run) -> _Run:
     return cast(_Run, guarded)
 
 
-def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as numbers to add, in `dtype`. Finite numbers stay finite: a row of them must not turn into -inf."""
     if mask.dtype is torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -6,14 +6,13 @@ Signatures: aten/src/ATen/native/native_functions.yaml of PyTorch 2.11.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ._common import HALF, as_bias, capability, upright
 from .split import run_lse as sliced_lse
 
 
-def _lse_inputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | None]:
+def _lse_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float | None]:
     q, scale = upright(q, scale)
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -21,19 +20,14 @@ def _lse_inputs(
     return q, k, v, scale
 
 
-def _no_mask(mask: torch.Tensor | None) -> None:
+def _no_mask(mask: Tensor | None) -> None:
     if mask is not None:
         raise ValueError("on CUDA the log-sum-exp of a call with a mask is not to be had here")
 
 
 def flash_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     q, k, v, scale = _lse_inputs(q, k, v, scale)
     if not q.is_cuda:
         bias = None if mask is None else as_bias(mask, q.dtype)
@@ -49,13 +43,8 @@ def flash_lse(
 
 
 def efficient_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     _no_mask(mask)
     q, k, v, scale = _lse_inputs(q, k, v, scale)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
@@ -63,13 +52,8 @@ def efficient_lse(
 
 
 def cudnn_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     _no_mask(mask)
     # Called by its operator it gives wrong numbers for tensors that are not contiguous (diffusers' attention_dispatch).
     q, k, v, scale = _lse_inputs(q, k, v, scale)
@@ -79,13 +63,8 @@ def cudnn_lse(
 
 
 def any_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The first back end that takes the call, else our own slices."""
     same, found = q.shape[3] == v.shape[3], capability(q)
     if q.device.type == "cpu" and same:

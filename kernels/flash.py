@@ -7,12 +7,12 @@ FlashAttention 3), flash-attn-4 4.0.0b4 to 4.0.0b36 (flash_attn/cute/interface.p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from typing import Any, cast
 
-import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, Layout
-from ..attention.kernel import Kernel, MachineRule, Needs, Run, RunLse
+from ..attention.kernel import Kernel, MachineRule, Needs, Run
 from ..attention.machine import Device, Machine
 from ._common import (
     EXACT,
@@ -29,59 +29,29 @@ from ._common import (
     version_of,
 )
 
-_URL = "https://github.com/Dao-AILab/flash-attention"
-_TOLERANCE = {dtype: EXACT[dtype] for dtype in HALF}
 
+def _loader(name: str, package: str, module: str, package_rules: tuple[MachineRule, ...], lse: bool) -> Any:
+    """A function that loads `flash_attn_func` of what the kernel comes from: as a Run, with `lse` as a RunLse."""
 
-def _loader(name: str, package: str, module: str, *package_rules: MachineRule) -> Callable[[], Run]:
-    def load() -> Run:
+    def load() -> Any:
         attend = source(name, package, module, package_rules).flash_attn_func
-
-        def run(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            scale: float | None = None,
-        ) -> torch.Tensor:
-            if mask is not None:
-                raise ValueError("FlashAttention takes no mask")
-            q, scale = upright(q, scale)
-            out = attend(rows(q), rows(k), rows(v), softmax_scale=scale)
-            # Early builds of FlashAttention 3 return (out, log-sum-exp), FlashAttention 4 always does.
-            result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-            return result
-
-        return on_device(run)
-
-    return load
-
-
-def _lse_loader(name: str, package: str, module: str, *package_rules: MachineRule) -> Callable[[], RunLse]:
-    def load() -> RunLse:
-        attend = source(name, package, module, package_rules).flash_attn_func
-        known = inspect.signature(attend).parameters
         # FlashAttention 2 and later builds of 3, FlashAttention 4; early builds of 3 are not asked.
+        known = inspect.signature(attend).parameters if lse else ()
         asked = {option: True for option in ("return_attn_probs", "return_lse") if option in known}
 
-        def run(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            scale: float | None = None,
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Any:
             if mask is not None:
                 raise ValueError("FlashAttention takes no mask")
             q, scale = upright(q, scale)
             out = attend(rows(q), rows(k), rows(v), softmax_scale=scale, **asked)
+            # Early builds of FlashAttention 3 and all of 4 return (out, log-sum-exp) also to those who do not ask.
+            if not lse:
+                return out[0] if isinstance(out, tuple) else out
             if not isinstance(out, tuple) or out[1] is None:
                 raise RuntimeError(f"this build of {package} gives no log-sum-exp")
-            return out[0], out[1]
+            return out[:2]
 
-        return on_device(run)
+        return on_device(cast(Run, run))
 
     return load
 
@@ -103,24 +73,33 @@ def _really_version_4(_device: Device, machine: Machine) -> str | None:
     return None
 
 
-_FROM_B12 = needs_version("flash_attn.cute", at_least="4.0.0b12")
+_FROM_B5 = needs_version("flash_attn.cute", at_least="4.0.0b5")
 
 
 def _arch_of_version_4(device: Device, machine: Machine) -> str | None:
-    """4.0.0b4 takes 9.x to 11.x, 4.0.0b12 and later 8.x and 12.x as well."""
+    """4.0.0b4 takes 9.x to 11.x, 4.0.0b5 and later 8.x and 12.x as well."""
     if device.capability is None or device.capability[0] not in (8, 12):
         return None
-    reason = _FROM_B12(device, machine)
+    reason = _FROM_B5(device, machine)
     return f"{reason} (for {device.sm})" if reason else None
+
+
+# What has a kernel for heads of 256 on Blackwell; 4.0.0b14 has none for 11.x.
+_WITH_256 = {
+    10: needs_version("flash_attn.cute", at_least="4.0.0b11"),
+    11: needs_version("flash_attn.cute", at_least="4.0.0b18"),
+}
 
 
 def _dims_of_version_4(call: AttentionCall, machine: Machine) -> str | None:
     device = machine.device(call.device)
     if device.capability is None or call.head_dim <= 128 or device.capability[0] == 9:
         return None
-    if call.head_dim == 256 and device.capability[0] in (10, 11):
-        return None
-    also = " or of 256" if device.capability[0] in (10, 11) else ""
+    dim_256 = _WITH_256.get(device.capability[0])
+    if dim_256 is not None and call.head_dim == 256:
+        reason = dim_256(device, machine)
+        return f"{reason} (for a head dimension of 256 on {device.sm})" if reason else None
+    also = " or of 256" if dim_256 else ""
     return f"needs a head dimension of at most 128{also} on {device.sm}, this is {call.head_dim}"
 
 
@@ -128,52 +107,53 @@ def _workspace(call: AttentionCall) -> int:
     return lse_bytes(call) + padded_bytes(call, -(-call.head_dim // 8) * 8) + upright_bytes(call)
 
 
-KERNELS = (
-    Kernel(
-        name="flash2",
-        title="FlashAttention 2",
-        package="flash_attn",
+def _kernel(name: str, title: str, package: str, module: str, needs: Needs, install: str) -> Kernel:
+    return Kernel(
+        name=name,
+        title=title,
+        package=package,
         layout=Layout.BNHD,
         precision="exact",
-        tolerance=_TOLERANCE,
-        load=_loader("flash2", "flash_attn", "flash_attn", _really_version_2),
-        load_lse=_lse_loader("flash2", "flash_attn", "flash_attn", _really_version_2),
-        needs=Needs(
+        tolerance={dtype: EXACT[dtype] for dtype in HALF},
+        load=_loader(name, package, module, needs.package_rules, lse=False),
+        load_lse=_loader(name, package, module, needs.package_rules, lse=True),
+        needs=needs,
+        install=install,
+        url="https://github.com/Dao-AILab/flash-attention",
+        workspace_bytes=_workspace,
+    )
+
+
+KERNELS = (
+    _kernel(
+        "flash2",
+        "FlashAttention 2",
+        "flash_attn",
+        "flash_attn",
+        Needs(
             sm=(((8, 0), (999, 9)),),
             head_dims=range(1, 257),
             gqa=True,
             package_rules=(_really_version_2,),
             machine_rules=chosen(needs_version("flash_attn", at_least="2.0", below="3")),
         ),
-        install="pip install flash-attn --no-build-isolation (compiles; needs the CUDA toolkit)",
-        url=_URL,
-        workspace_bytes=_workspace,
+        "pip install flash-attn --no-build-isolation (compiles; needs the CUDA toolkit)",
     ),
-    Kernel(
-        name="flash3",
-        title="FlashAttention 3",
-        package="flash_attn_interface",
-        layout=Layout.BNHD,
-        precision="exact",
-        tolerance=_TOLERANCE,
-        load=_loader("flash3", "flash_attn_interface", "flash_attn_interface"),
-        load_lse=_lse_loader("flash3", "flash_attn_interface", "flash_attn_interface"),
+    _kernel(
+        "flash3",
+        "FlashAttention 3",
+        "flash_attn_interface",
+        "flash_attn_interface",
         # Its source accepts sm_80 and newer, its builds hold Hopper's kernels; elsewhere its check ends the process.
-        needs=Needs(sm=(((9, 0), (9, 0)),), head_dims=range(8, 257, 8), gqa=True, machine_rules=chosen()),
-        install="build the folder hopper of github.com/Dao-AILab/flash-attention",
-        url=_URL,
-        workspace_bytes=_workspace,
+        Needs(sm=(((9, 0), (9, 0)),), head_dims=range(8, 257, 8), gqa=True, machine_rules=chosen()),
+        "build the folder hopper of github.com/Dao-AILab/flash-attention",
     ),
-    Kernel(
-        name="flash4",
-        title="FlashAttention 4",
-        package="flash_attn.cute",
-        layout=Layout.BNHD,
-        precision="exact",
-        tolerance=_TOLERANCE,
-        load=_loader("flash4", "flash_attn.cute", "flash_attn.cute.interface", _really_version_4),
-        load_lse=_lse_loader("flash4", "flash_attn.cute", "flash_attn.cute.interface", _really_version_4),
-        needs=Needs(
+    _kernel(
+        "flash4",
+        "FlashAttention 4",
+        "flash_attn.cute",
+        "flash_attn.cute.interface",
+        Needs(
             sm=(((8, 0), (12, 9)),),
             head_dims=range(8, 257, 8),
             gqa=True,
@@ -181,8 +161,6 @@ KERNELS = (
             machine_rules=chosen(_arch_of_version_4),
             call_rules=(_dims_of_version_4,),
         ),
-        install="pip install --pre flash-attn-4",
-        url=_URL,
-        workspace_bytes=_workspace,
+        "pip install --pre flash-attn-4",
     ),
 )

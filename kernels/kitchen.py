@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, Layout
 from ..attention.kernel import Kernel, Needs, Run
@@ -23,18 +24,11 @@ def _load() -> Run:
         )
     attend = module.int8_attention
 
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> torch.Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
         q, scale = upright(q, scale)
         if mask is not None and mask.dtype is torch.float64:
             mask = mask.float()
-        out: torch.Tensor = attend(rows(q), rows(k), rows(v), scale=scale, attn_mask=mask)
+        out: Tensor = attend(rows(q), rows(k), rows(v), scale=scale, attn_mask=mask)
         return out
 
     return run

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, Layout
 from ..attention.kernel import Capability, Kernel, Needs, Run
@@ -36,18 +37,18 @@ _INSTALL_2 = "build SageAttention 2 from github.com/thu-ml/SageAttention"
 _HOPPER = (9, 0)
 
 
-def _function(kernel: str, name: str) -> Callable[..., torch.Tensor]:
+def _function(kernel: str, name: str) -> Callable[..., Tensor]:
     """A function of what `kernel` is loaded from; ImportError names it where it is missing."""
     module = source(kernel, "sageattention", "sageattention", () if kernel == "sage1" else (_IS_2,))
     # The Hub's build exports few functions and has the others in its module `core`.
-    found: Callable[..., torch.Tensor] | None = getattr(module, name, None)
+    found: Callable[..., Tensor] | None = getattr(module, name, None)
     found = found or getattr(getattr(module, "core", None), name, None)
     if found is None:
         raise ImportError(f"the sageattention in {module.__file__} has no {name}")
     return found
 
 
-def _no_mask(mask: torch.Tensor | None) -> None:
+def _no_mask(mask: Tensor | None) -> None:
     if mask is not None:
         raise ValueError("SageAttention would ignore the mask")
 
@@ -55,14 +56,7 @@ def _no_mask(mask: torch.Tensor | None) -> None:
 def _load_1() -> Run:
     attend = _function("sage1", "sageattn")
 
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> torch.Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
         _no_mask(mask)
         # It subtracts the mean from k in place.
         k = k.clone(memory_format=torch.contiguous_format)
@@ -81,14 +75,7 @@ def _loader_2(kernel: str, name: str, **options: Any) -> Callable[[], Any]:
         function = _function(kernel, f"sageattn_qk_int8_pv_{name}")
         on_hopper = functools.cache(lambda: _function(kernel, "sageattn_qk_int8_pv_fp8_cuda_sm90"))
 
-        def run(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            scale: float | None = None,
-        ) -> Any:
+        def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Any:
             _no_mask(mask)
             q, scale = upright(q, scale)
             attend, extra = function, options

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, Layout
 from ..attention.kernel import Kernel, Needs, Run
@@ -20,10 +21,10 @@ from ._common import HALF, chosen, counts, needs_cuda, on_device, source
 _BLOCK = 128  # tokens are padded to multiples of it
 
 
-def _function(kernel: str) -> Callable[..., torch.Tensor]:
+def _function(kernel: str) -> Callable[..., Tensor]:
     """Newer builds export the function from the package, older ones only from its module `api`."""
     module = source(kernel, "sageattn3", "sageattn3")
-    found: Callable[..., torch.Tensor] | None = getattr(module, "sageattn3_blackwell", None)
+    found: Callable[..., Tensor] | None = getattr(module, "sageattn3_blackwell", None)
     if found is None and module.__name__ != "sageattn3":
         raise ImportError(f"the fetched kernel in {module.__file__} has no sageattn3_blackwell")
     if found is None:
@@ -35,14 +36,7 @@ def _loader(kernel: str, per_block_mean: bool) -> Callable[[], Run]:
     def load() -> Run:
         attend = _function(kernel)
 
-        def run(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            scale: float | None = None,
-        ) -> torch.Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
             if mask is not None:
                 raise ValueError("SageAttention 3 would ignore the mask")
             if not _is_usual(scale, q.shape[3]):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention.call import AttentionCall, Layout
@@ -25,6 +26,7 @@ from ._common import (
     needs_nvidia,
     parse_version,
     upright,
+    v_dim_by_8,
 )
 from ._sdpa_lse import any_lse, cudnn_lse, efficient_lse, flash_lse
 from ._sdpa_memory import any_bytes, fused, fused_bytes, math_bytes
@@ -40,7 +42,7 @@ def _is_cuda(call: AttentionCall) -> bool:
     return call.device.partition(":")[0] == "cuda"
 
 
-def _prepared_mask(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _prepared_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     if (
         mask.dtype is not torch.bool
         and mask.dtype is not q.dtype
@@ -58,9 +60,7 @@ def _prepared_mask(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torc
     return mask
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, repeat: bool
-) -> torch.Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, repeat: bool) -> Tensor:
     q, scale = upright(q, scale)
     if mask is not None:
         mask = _prepared_mask(q, k, mask)
@@ -82,13 +82,13 @@ def _attend(
 
 
 def in_batches(
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
     most: int,
-) -> torch.Tensor:
+) -> Tensor:
     """`attend(q, k, v, mask)` in slices of at most `most` batches; a mask may broadcast over the batch."""
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     for start in range(0, q.shape[0], most):
@@ -113,14 +113,7 @@ def _full_sums() -> Iterator[None]:
 
 
 def _load_any() -> Run:
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> torch.Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
         with _FLAGS:
             return _attend(q, k, v, mask, scale, True)
 
@@ -129,14 +122,7 @@ def _load_any() -> Run:
 
 def _loader(backend: SDPBackend) -> Callable[[], Run]:
     def load() -> Run:
-        def run(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            scale: float | None = None,
-        ) -> torch.Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
             with _FLAGS, sdpa_kernel(backend), _full_sums():
                 return _attend(q, k, v, mask, scale, False)
 
@@ -150,10 +136,6 @@ def _cuda_only(reason: str, refused: Callable[[AttentionCall], bool]) -> Callabl
         return reason if _is_cuda(call) and refused(call) else None
 
     return rule
-
-
-def _v_dim_by_8(call: AttentionCall, _machine: Machine) -> str | None:
-    return f"needs values of a width divisible by 8, this is {call.v_dim}" if call.v_dim % 8 else None
 
 
 def _no_cudnn_plans(device: Device, _machine: Machine) -> str | None:
@@ -244,7 +226,7 @@ KERNELS = (
             head_dims=range(8, 4097, 8),
             masks=ANY_MASK,
             other_v_dim=True,
-            call_rules=(_v_dim_by_8,),
+            call_rules=(v_dim_by_8,),
         ),
         fused_bytes,
         lse=efficient_lse,

@@ -7,6 +7,7 @@ anything else here and runs everywhere, slowly. Scores, weights and sums are flo
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, Layout
 from ..attention.kernel import Kernel, Needs, Run, RunLse
@@ -46,18 +47,18 @@ def _slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _part(mask: torch.Tensor, *where: slice) -> torch.Tensor:
+def _part(mask: Tensor, *where: slice) -> Tensor:
     return mask[tuple(index if mask.shape[dim] != 1 else slice(None) for dim, index in enumerate(where))]
 
 
 def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
     scale: float | None,
-    lse: torch.Tensor | None,
-) -> torch.Tensor:
+    lse: Tensor | None,
+) -> Tensor:
     """`run`; where `lse` (B, H, N) is given the log-sum-exp of each row is written to it."""
     batch, heads, q_len, dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -98,26 +99,14 @@ def _attend(
     return out
 
 
-def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale · Q Kᵀ + mask) V. A row whose keys are all hidden gives zeros, as in torch."""
     return _attend(q, k, v, mask, scale, None)
 
 
 def run_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """`run`, and the log-sum-exp of each row; -inf where all keys are hidden."""
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return _attend(q, k, v, mask, scale, lse), lse

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..attention.call import AttentionCall, Layout
-from ..attention.kernel import Kernel, Needs, Run
+from ..attention.kernel import ExtraRule, Kernel, MachineRule, Needs, Run
 from ..attention.machine import Device, Machine
 from ._common import (
     ANY_MASK,
@@ -29,6 +30,7 @@ from ._common import (
     rows,
     upright,
     upright_bytes,
+    v_dim_by_8,
     version_of,
 )
 
@@ -36,7 +38,7 @@ _HOPPER = (9, 0)
 _HOPPER_ONLY = ((0, 0, 30), 0, 0), ((0, 0, 33), 0, 0)
 _CUTLASS_ENDS = ((0, 0, 33), 0, 0)  # from here on its CUTLASS operator refuses what is newer than Hopper
 # xformers raises at import where the flash-attn beside it is newer than it knows (FLASH_VER_LAST in fmha/flash.py).
-# 0.0.29.post3 and older fall back instead; 0.0.31 was not read, its number is from a user's report.
+# 0.0.29.post3 and older fall back instead.
 _NEWEST_FLASH = (
     (((0, 0, 33), 0, 0), (2, 8, 4)),
     (((0, 0, 32), 0, 0), (2, 8, 2)),
@@ -44,6 +46,9 @@ _NEWEST_FLASH = (
     (((0, 0, 30), 0, 0), (2, 7, 4)),
 )
 _OLDEST_FLASH = (2, 7, 1)
+_WHOLE_VERSIONS = ((0, 0, 32), 0, 0)  # from here on 2.8.4.post1 is newer than 2.8.4; before, three numbers count
+# xformers.ops.fmha, q and the mask → the operator to name, None for its own choice.
+Pick = Callable[[Any, Tensor, Tensor | None], Any]
 
 
 def _flash_attn_fits(_device: Device, machine: Machine) -> str | None:
@@ -62,7 +67,8 @@ def _flash_attn_fits(_device: Device, machine: Machine) -> str | None:
                 "for FlashAttention 2 and cannot be imported"
             )
         return None
-    if _OLDEST_FLASH <= flash[0][:3] <= newest:
+    known = flash if found >= _WHOLE_VERSIONS else (flash[0][:3], 0, 0)
+    if (_OLDEST_FLASH, 0, 0) <= known <= (newest, 0, 0):
         return None
     return (
         f"xformers {machine.packages['xformers']} cannot be imported beside flash-attn "
@@ -113,10 +119,6 @@ def _flash_only(call: AttentionCall, machine: Machine) -> str | None:
     return f"xformers {machine.packages['xformers']} on {device.sm} needs {' and '.join(wanted)}"
 
 
-def _v_dim_by_8(call: AttentionCall, _machine: Machine) -> str | None:
-    return f"needs values of a width divisible by 8, this is {call.v_dim}" if call.v_dim % 8 else None
-
-
 def _bf16(call: AttentionCall, machine: Machine) -> str | None:
     device = machine.device(call.device)
     if call.dtype is torch.bfloat16 and device.capability is not None and device.capability < (8, 0):
@@ -124,7 +126,7 @@ def _bf16(call: AttentionCall, machine: Machine) -> str | None:
     return None
 
 
-def _bias(mask: torch.Tensor, batch: int, heads: int, q_len: int, kv_len: int, dtype: torch.dtype) -> torch.Tensor:
+def _bias(mask: Tensor, batch: int, heads: int, q_len: int, kv_len: int, dtype: torch.dtype) -> Tensor:
     """A mask as xformers wants it: a number for each pair, rows starting at multiples of 8, nothing broadcast."""
     bias = as_bias(mask, dtype)
     if bias.shape[3] != kv_len:
@@ -141,7 +143,7 @@ def _bias(mask: torch.Tensor, batch: int, heads: int, q_len: int, kv_len: int, d
     return bias.expand(batch, heads, q_len, kv_len)
 
 
-def _plain_choice(fmha: Any, q: torch.Tensor, mask: torch.Tensor | None) -> Any:
+def _plain_choice(fmha: Any, q: Tensor, mask: Tensor | None) -> Any:
     """The operator to name: none, except where xformers' own choice may be FlashAttention 3 off Hopper.
 
     0.0.33 and 0.0.34 try it first on sm_80 to sm_90; on sm_89 it reads memory that is not there.
@@ -155,18 +157,15 @@ def _plain_choice(fmha: Any, q: torch.Tensor, mask: torch.Tensor | None) -> Any:
     return flash if flash[0].is_available() else None
 
 
-def _loader(pick: Callable[[Any, torch.Tensor, torch.Tensor | None], Any]) -> Callable[[], Run]:
+def _cutlass_alone(fmha: Any, _q: Tensor, _mask: Tensor | None) -> Any:
+    return fmha.MemoryEfficientAttentionCutlassOp
+
+
+def _loader(pick: Pick) -> Callable[[], Run]:
     def load() -> Run:
         fmha = importlib.import_module("xformers.ops.fmha")
 
-        def run(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            scale: float | None = None,
-        ) -> torch.Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
             op = pick(fmha, q, mask)
             q, scale = upright(q, scale)
             q, k, v = rows(q), rows(k), rows(v)
@@ -174,7 +173,7 @@ def _loader(pick: Callable[[Any, torch.Tensor, torch.Tensor | None], Any]) -> Ca
             _, kv_len, kv_heads, _ = k.shape
             bias = None if mask is None else _bias(mask, batch, heads, q_len, kv_len, q.dtype)
             if kv_heads == heads:
-                out: torch.Tensor = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale, op=op)
+                out: Tensor = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale, op=op)
                 return out
             # Grouped queries: (B, N, groups, heads per group, D), keys and values repeated by a stride of 0.
             shape = (kv_heads, heads // kv_heads)
@@ -195,7 +194,6 @@ def _workspace(call: AttentionCall) -> int:
     return lse_bytes(call) + 2 * copied + upright_bytes(call)
 
 
-_INSTALL = "pip install the xformers release made for your PyTorch version"
 _RULES = chosen(_flash_attn_fits, needs_version("xformers", at_least="0.0.20", why="older ones were never looked at"))
 _MANY = needs_version("xformers", at_least="0.0.27")
 
@@ -209,49 +207,32 @@ def _many_heads(call: AttentionCall, machine: Machine) -> str | None:
     return f"{reason}: it takes at most 65535 batch·heads, this is {many}" if reason else None
 
 
+def _kernel(name: str, title: str, pick: Pick, machine_rule: MachineRule, *call_rules: ExtraRule) -> Kernel:
+    return Kernel(
+        name=name,
+        title=title,
+        package="xformers",
+        layout=Layout.BNHD,
+        precision="exact",
+        tolerance=EXACT,
+        load=_loader(pick),
+        needs=Needs(
+            sm=(((5, 0), (999, 9)),),
+            dtypes=FULL,
+            head_dims=range(8, 4097, 8),
+            masks=ANY_MASK,
+            gqa=True,
+            other_v_dim=True,
+            machine_rules=(*_RULES, machine_rule),
+            call_rules=(*call_rules, v_dim_by_8, _bf16, _many_heads),
+        ),
+        install="pip install the xformers release made for your PyTorch version",
+        url="https://github.com/facebookresearch/xformers",
+        workspace_bytes=_workspace,
+    )
+
+
 KERNELS = (
-    Kernel(
-        name="xformers",
-        title="xformers, its own choice",
-        package="xformers",
-        layout=Layout.BNHD,
-        precision="exact",
-        tolerance=EXACT,
-        load=_loader(_plain_choice),
-        needs=Needs(
-            sm=(((5, 0), (999, 9)),),
-            dtypes=FULL,
-            head_dims=range(8, 4097, 8),
-            masks=ANY_MASK,
-            gqa=True,
-            other_v_dim=True,
-            machine_rules=(*_RULES, _hopper_kernels_elsewhere),
-            call_rules=(_flash_only, _v_dim_by_8, _bf16, _many_heads),
-        ),
-        install=_INSTALL,
-        url="https://github.com/facebookresearch/xformers",
-        workspace_bytes=_workspace,
-    ),
-    Kernel(
-        name="xformers_cutlass",
-        title="xformers, CUTLASS only",
-        package="xformers",
-        layout=Layout.BNHD,
-        precision="exact",
-        tolerance=EXACT,
-        load=_loader(lambda fmha, _q, _mask: fmha.MemoryEfficientAttentionCutlassOp),
-        needs=Needs(
-            sm=(((5, 0), (999, 9)),),
-            dtypes=FULL,
-            head_dims=range(8, 4097, 8),
-            masks=ANY_MASK,
-            gqa=True,
-            other_v_dim=True,
-            machine_rules=(*_RULES, _cutlass_ends_at_hopper),
-            call_rules=(_v_dim_by_8, _bf16, _many_heads),
-        ),
-        install=_INSTALL,
-        url="https://github.com/facebookresearch/xformers",
-        workspace_bytes=_workspace,
-    ),
+    _kernel("xformers", "xformers, its own choice", _plain_choice, _hopper_kernels_elsewhere, _flash_only),
+    _kernel("xformers_cutlass", "xformers, CUTLASS only", _cutlass_alone, _cutlass_ends_at_hopper),
 )

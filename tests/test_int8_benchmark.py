@@ -1,4 +1,4 @@
-"""benchmarks/int8.py: its judgements on made-up figures, and the whole of it once on the CPU."""
+"""benchmarks/int8.py and int8_aims.py: judgements on made-up figures, and the whole of it once on the CPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ SPEC = importlib.util.spec_from_file_location("attune_int8_speed", PROGRAM)
 assert SPEC and SPEC.loader
 BENCH: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(BENCH)
+AIMS: Any = sys.modules["int8_aims"]
 H200 = "NVIDIA H200"
 FIRST = {"attune_int8": 7.5, "attune_bf16": 3.0}
 
@@ -56,17 +57,17 @@ def judged(changes: dict[str, dict[str, Any]] | None = None, gpu: str = H200, **
         rows = [each | (fields or {}) if each["kernel"] == kernel else each for each in rows]
         rows = [each for each in rows if fields is not None or each["kernel"] != kernel]
     options = {"left_out": {shape: {"sage1": "is not installed"} for shape in HOPED}, "first": FIRST, **options}
-    found = list(BENCH.verdicts(rows, options["left_out"], options["first"], gpu))
+    found = list(AIMS.verdicts(rows, options["left_out"], options["first"], gpu))
     assert len({(each["aim"], each["shape"]) for each in found}) == len(found)
-    assert all(each["aim"] in BENCH.told(each) and each["verdict"] in BENCH.told(each) for each in found)
+    assert all(each["aim"] in AIMS.told(each) and each["verdict"] in AIMS.told(each) for each in found)
     return {f"{each['aim']} {each['shape']}": each["verdict"] for each in found}
 
 
 def test_every_cell_of_the_table_has_its_verdict() -> None:
     found = judged()
-    for shape in BENCH.SELF:
+    for shape in AIMS.SELF:
         assert found[f"attune_int8: TOPS {shape}"] == "goal met"
-        for other in BENCH.TIMES_AS_FAST:
+        for other in AIMS.TIMES_AS_FAST:
             assert found[f"attune_int8: times as fast as {other} {shape}"] == "goal met"
         assert found[f"attune_bf16: times as fast as the best exact kernel {shape}"] == "met"
     assert not any("missed" in verdict or "no" in verdict.split() for verdict in found.values()), found
@@ -117,7 +118,7 @@ def test_what_is_missing_is_not_measured_and_never_met() -> None:
         aim: verdict for aim, verdict in without.items() if aim.startswith("attune_int8") and "first use" not in aim
     }
     assert ours and all(verdict.startswith("not measured: ") for verdict in ours.values()), ours
-    nothing = list(BENCH.verdicts([], {}, {}, H200))
+    nothing = list(AIMS.verdicts([], {}, {}, H200))
     assert nothing and all(each["verdict"].startswith("not measured") for each in nothing)
     slow = judged(first={"attune_int8": 20.5, "attune_bf16": "the first use of attune_bf16 failed"})
     assert slow["attune_int8: seconds of the first use any"] == "missed"
@@ -128,7 +129,7 @@ def test_speeds_are_judged_on_an_h200_only() -> None:
     elsewhere = judged(gpu="NVIDIA GeForce RTX 4090")
     for aim, verdict in elsewhere.items():
         assert verdict.startswith("no verdict") is any(word in aim for word in ("TOPS", "as fast")), (aim, verdict)
-    assert not any("met" in verdict.split() for verdict in judged(gpu=BENCH.DRY).values())
+    assert not any("met" in verdict.split() for verdict in judged(gpu=AIMS.DRY).values())
 
 
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -142,6 +143,6 @@ def test_the_whole_program_runs_on_a_cpu_and_claims_nothing(tmp_path) -> None:
     assert {"attune_int8", "attune_bf16", "sdpa"} <= {each["kernel"] for each in result["rows"]}
     assert any(each["kernel"].startswith("int8 ") for each in result["rows"])
     assert "needs a cuda device" in result["left_out"]["wan-32760"]["sage1"]
-    assert result["machine"]["gpu"] == BENCH.DRY
+    assert result["machine"]["gpu"] == AIMS.DRY
     assert all(each["verdict"].startswith(("not measured", "no verdict")) for each in result["verdicts"])
     assert "Aims:" in done.stdout and "sage1: left out: " in done.stdout
