@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import Any
 from ..attention.machine import Device
 from ..doctor.kernel_verdict import KernelVerdict
 from ..doctor.probe import store, without_trying
+from .remembered import forget
 from .verdicts import Verdicts
+
+log = logging.getLogger("attune")
 
 # Called for each kernel that was tried: its name, its outcome, and how many of how many that makes; and with "" first.
 Told = Callable[[str, str, int, int], None]
@@ -41,8 +45,8 @@ class RepeatableVerdicts(Verdicts):
     def try_again(self, names: Sequence[str], told: Told) -> None:
         """Try kernels (no name twice) on the main device anew, in the background and never while a prompt runs.
 
-        What is known of a kernel holds until its new verdict is there. told: called from any thread.
-        Raises AlreadyTryingError.
+        What is known of a kernel holds until its new verdict is there. One that works then is given a new chance in
+        models where it had failed. told: called from any thread. Raises AlreadyTryingError.
         """
         device = self._read_machine().main_device.name
         self.known(device)  # the kept ones have been read
@@ -82,6 +86,7 @@ class RepeatableVerdicts(Verdicts):
         again, news = self._again, []
         if again is None or again.device != device:
             return
+        self._forgive([name for name, verdict in found.items() if verdict.works and name in again.left])
         with self._news:
             for name, verdict in found.items():
                 if name in again.left:
@@ -91,3 +96,10 @@ class RepeatableVerdicts(Verdicts):
                 self._again = None
         for name, outcome, done in news:
             again.told(name, outcome, done, again.total)
+
+    def _forgive(self, names: Sequence[str]) -> None:
+        """These were tried anew and work: what later runs hold against them is forgotten."""
+        try:
+            forget(self._folder, names, self._kernels, self._read_machine())
+        except Exception:  # a full disk must not cost the verdicts
+            log.exception("Attune: what was remembered against %s could not be forgotten", ", ".join(names))

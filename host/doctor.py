@@ -29,6 +29,12 @@ from .process import PACK, kernels, machine, verdicts
 from .remembered import failed
 from .server import say_on_node
 
+_TRIED = {kernel.name for kernel in KERNELS}  # by the probe; not those that are ComfyUI's own
+_CLEAR = "`attune cache clear --verdicts` gives it a new chance."
+_PROBE_AGAIN = (
+    "'Probe again' in the sidebar tab Attention, if it works then, or `attune cache clear --verdicts` gives it a new "
+    "chance."
+)
 _MOST_LETTERS = 2000  # of what a kernel's process said
 _NOT_YET = "It has not been tried yet: that is done in the background, while no prompt runs."
 
@@ -57,16 +63,13 @@ def _remarks() -> list[str] | None:
         models = f"{count} model{'s' if count > 1 else ''}"
         if not said:
             said += remarks(here, here.main_device)
-        said.append(
-            f"{name}: {why} in {models} sampled here, and is not used there any more. `attune cache clear --verdicts` "
-            "gives it a new chance."
-        )
+        again = _PROBE_AGAIN if name in _TRIED else _CLEAR
+        said.append(f"{name}: {why} in {models} sampled here, and is not used there any more. {again}")
     return said or None
 
 
 def _report(known: Mapping[str, KernelVerdict], here: Machine) -> Report:
-    own = {kernel.name for kernel in KERNELS}
-    elsewhere = [row for row in kernel_rows(kernels(), here) if row["name"] not in own]
+    elsewhere = [row for row in kernel_rows(kernels(), here) if row["name"] not in _TRIED]
     return report(KERNELS, known, here, PACK, home(), elsewhere=elsewhere, said=_remarks())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,3 +98,17 @@ def remember(
             del state[old]
 
     store(folder).update(add)
+
+
+def forget(folder: Path, names: Iterable[str], kernels: Mapping[str, Kernel], machine: Machine) -> None:
+    """Drop what holds here against kernels of these names: each gets a new chance in every model."""
+    gone = {name: _around(kernels.get(name), machine) for name in names}
+
+    def drop(state: State) -> None:
+        for model, entries in list(state.items()):
+            state[model] = [entry for entry in entries if entry["around"] != gone.get(entry["kernel"])]
+            if not state[model]:
+                del state[model]
+
+    if any(gone.get(entry["kernel"]) == entry["around"] for found in store(folder).read().values() for entry in found):
+        store(folder).update(drop)

@@ -21,6 +21,7 @@ from .doctor import bundle, kernel_table, machine_account
 from .following import Following
 from .live import LIVE, SECONDS, TooManyError
 from .process import machine, verdicts
+from .prompts import last_prompt
 from .requests import RefusedError, only, said, serve
 from .runs import RUNS, RunInfo
 from .server import prompt_runs, server_instance
@@ -126,6 +127,10 @@ async def _default(_request: web.Request) -> web.Response:
     return web.json_response(default_account())
 
 
+async def _prompt(_request: web.Request) -> web.Response:
+    return web.json_response({"prompt": last_prompt()})
+
+
 async def _runs(_request: web.Request) -> web.Response:
     return await _json(_last_runs)
 
@@ -207,6 +212,7 @@ def add_routes() -> None:
     serve(server.routes, "/attune/machine", get=_machine)
     serve(server.routes, "/attune/kernels", get=_kernels)
     serve(server.routes, "/attune/default", get=_default)
+    serve(server.routes, "/attune/last-prompt", get=_prompt)
     serve(server.routes, "/attune/runs", get=_runs)
     serve(server.routes, "/attune/runs/{number}", get=_run)
     serve(server.routes, "/attune/runs/{number}/report", get=_report)

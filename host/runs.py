@@ -95,8 +95,11 @@ class RunInfo:
             nodes[source] = {"node_type": self.node_types.get(source, ""), **data, "advice": advice}
         return nodes
 
+    def _when(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
+
     def as_dict(self) -> dict[str, Any]:
-        """What the browser shows; short."""
+        """What the browser shows; short. `seconds` is None while the run goes on."""
         return {
             "run": self.number,
             "prompt_id": self.prompt_id,
@@ -106,6 +109,8 @@ class RunInfo:
             "forwards": self.record.forwards,
             "repeated": self.record.repeated,
             "status": self.status,
+            "started": self._when(),
+            "seconds": round(self.seconds, 3) if self.ended else None,
             "observed": dict(self.record.observed()),
             "notes": self.record.notes,
             "nodes": self._nodes(),
@@ -115,7 +120,7 @@ class RunInfo:
         """Everything that is known of a run that has ended, for JSON."""
         sigmas = [float(sigma) for sigma in self.record.sigmas]
         return {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "started": self._when(),
             "seconds": round(self.seconds, 3),
             "status": self.status,
             "prompt_id": self.prompt_id,

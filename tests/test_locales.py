@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -41,10 +44,28 @@ def test_every_node_has_a_page_that_tells_its_inputs(nodes, server):
         assert inputs <= named, (name, inputs - named)
 
 
+def test_the_pages_of_the_nodes_used_most_are_there_in_chinese(nodes):
+    """With the same inputs and values, which are not translated, and no number but those of the English page."""
+    assert {path.parent.name for path in DOCS.glob("*/zh.md")} == {
+        "AttentionSelector", "Sage3Switch", "SDPAForce", "AttentionRule", "ReleaseModel", "AttentionDoctor",
+    }  # fmt: skip
+    for path in DOCS.glob("*/zh.md"):
+        name = path.parent.name
+        text, english = path.read_text("utf-8"), (DOCS / f"{name}.md").read_text("utf-8")
+        assert text.startswith(f"# {CHINESE[name]['display_name']}\n"), name
+        assert set(re.findall(r"`([^`]+)`", text)) == set(re.findall(r"`([^`]+)`", english)), name
+        assert text.count("\n|") == english.count("\n|"), "as many rows"
+        for row in re.findall(r"^\| (.*?) \| ", text, re.MULTILINE)[1:]:
+            for key in re.findall(r"`(\w+)`", row):
+                assert f"{CHINESE[name]['inputs'][key]['name']} `{key}`" in row, "as the node shows it"
+        assert set(re.findall(r"\d+", text)) == set(re.findall(r"\d+", english)), name
+
+
 def test_comfyui_serves_the_pages(nodes, server):
     folder = nodes["AttentionSelector"]["python_module"].removeprefix("custom_nodes.")
-    for path in DOCS.glob("*.md"):
-        with urllib.request.urlopen(f"{server.url}/extensions/{folder}/docs/{path.name}", timeout=30) as answer:
+    for path in DOCS.rglob("*.md"):
+        address = f"{server.url}/extensions/{folder}/docs/{path.relative_to(DOCS).as_posix()}"
+        with urllib.request.urlopen(address, timeout=30) as answer:
             assert answer.read().decode("utf-8") == path.read_text("utf-8")
 
 
@@ -109,6 +130,29 @@ def test_every_word_of_the_panel_is_there_in_chinese():
     assert len(found) > 100 and [name for name, _ in found] == list(told)
     for name, words in found:
         assert set(re.findall(r"\{\w+\}", words)) == set(re.findall(r"\{\w+\}", told[name])), name
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """The texts in a file, each with "{}" where something varies."""
+    for item in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(item, ast.Constant) and isinstance(item.value, str):
+            yield item.value
+        elif isinstance(item, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in item.values)
+
+
+def test_the_sentences_that_are_known_in_chinese_are_said_by_the_pack():
+    """A page knows them by their words: one that is changed in the code has to be changed here too."""
+    corpus = {text for folder in ("attention", "doctor", "host", "nodes") for path in (ROOT / folder).glob("*.py")
+              for text in texts_of(path)}  # fmt: skip
+    told = chinese("main.json")["attune_said"]
+    assert len(told) > 60
+    for english, words in told.items():
+        assert set(re.findall(r"\{\w+\}", words)) <= set(re.findall(r"\{\w+\}", english)), english
+        assert re.search(r"[\u4e00-\u9fff]", words), english
+        for part in re.split(r"\{\w+\}| in (?=\{)", english):  # "{what} in {where}" is put together
+            part = part.strip(" ,:()")
+            assert any(part in text for text in corpus), (english, part)
 
 
 def test_commands_and_settings_are_there_in_chinese():

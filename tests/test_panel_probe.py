@@ -10,13 +10,18 @@ import urllib.error
 import pytest
 import torch
 
+from comfyui_attune.attention import guard
 from comfyui_attune.attention.call import Layout
 from comfyui_attune.attention.kernel import Kernel, Needs
-from comfyui_attune.attention.machine import CPU, Machine
+from comfyui_attune.attention.machine import CPU, Machine, read_machine
 from comfyui_attune.doctor.kernel_verdict import KernelVerdict
 from comfyui_attune.doctor.probe import store
+from comfyui_attune.host import again
 from comfyui_attune.host import verdicts as module
 from comfyui_attune.host.again import AlreadyTryingError, RepeatableVerdicts
+from comfyui_attune.host.remembered import failed, recall, remember
+from comfyui_attune.host.remembered import store as failures
+from comfyui_attune.kernels import KERNELS
 from support.prompts import selector, two_stage
 
 WORKS, BROKEN = KernelVerdict("works", error=0.0), KernelVerdict("crashed", "ended")
@@ -128,6 +133,40 @@ def test_prompts_come_first(make):
     assert soon(lambda: probe.tried == ["a"])
 
 
+def failure(name: str) -> guard.Finding:
+    return guard.Finding(name, guard.Place(1, "self", 64, 64, 2, 64, "float16"), "gave NaN")
+
+
+def test_one_that_works_gets_a_new_chance_in_models_where_it_failed(make, tmp_path):
+    verdicts, probe = make("a", "b", "c")
+    here, known = Machine((CPU,)), {name: kernel(name) for name in "abc"}
+    for model in ("one", "two"):
+        remember(tmp_path, model, [failure("a"), failure("b")], known, here)
+    remember(tmp_path, "three", [failure("a")], known, here)
+    remember(tmp_path, "one", [failure("c")], known, Machine((CPU,), torch="1.0"))
+    elsewhere = failures(tmp_path).read()["one"][-1]
+    probe.now = BROKEN
+    verdicts.try_again(["a"], lambda *_: None)
+    assert soon(lambda: probe.tried == ["a"] and not verdicts.progress()["running"])
+    assert failed(tmp_path, known, here) == {"a": ("gave NaN", 3), "b": ("gave NaN", 2)}
+    probe.now, told = WORKS, []
+    verdicts.try_again(["a", "c"], lambda *news: told.append((*news, failed(tmp_path, known, here))))
+    assert soon(lambda: len(told) == 3)
+    assert told[1] == ("a", "works", 1, 2, {"b": ("gave NaN", 2)}), "before anybody is told"
+    assert recall(tmp_path, "one", known, here) == [failure("b")] and recall(tmp_path, "three", known, here) == []
+    left = failures(tmp_path).read()
+    assert set(left) == {"one", "two"} and left["one"][-1] == elsewhere, "what holds elsewhere was not tried here"
+
+
+def test_what_cannot_be_forgotten_costs_no_verdict(make, monkeypatch, caplog):
+    verdicts, _ = make("a")
+    monkeypatch.setattr(again, "forget", lambda *_: 1 / 0)
+    told = []
+    verdicts.try_again(["a"], lambda *news: told.append(news))
+    assert soon(lambda: len(told) == 2) and told[-1] == ("a", "works", 1, 1)
+    assert "what was remembered against a could not be forgotten" in caplog.text
+
+
 def test_where_the_probe_itself_fails_it_ends_and_nothing_is_believed(make):
     verdicts, probe = make("a", "b")
     verdicts.outcomes()
@@ -168,6 +207,12 @@ def test_the_button_tries_kernels_in_children_and_never_while_a_prompt_runs(make
             assert time.monotonic() < deadline
             time.sleep(0.3)
         assert done(server)
+        own, here = {one.name: one for one in KERNELS}, read_machine(gpus=False)
+        remember(tmp_path, "model", [failure("sdpa_math"), failure("split"), failure("basic")], own, here)
+        remarks = server.get("/attune/machine")["remarks"]
+        (remark,) = (one for one in remarks if one.startswith("sdpa_math: gave NaN in 1 model sampled here"))
+        assert "'Probe again' in the sidebar tab Attention, if it works then, or `attune cache clear" in remark
+        assert not any("Probe again" in one for one in remarks if one.startswith("basic: ")), "nobody probes it"
         said = len(server.output())
         (before,) = json.loads(file.read_text("utf-8"))["state"]["sdpa_math"].values()
         assert server.post("/attune/probe", {"kernels": ["sdpa_math", "flash2", "sdpa_math"]}) == {
@@ -196,6 +241,8 @@ def test_the_button_tries_kernels_in_children_and_never_while_a_prompt_runs(make
             time.sleep(0.3)
         (after,) = json.loads(file.read_text("utf-8"))["state"]["sdpa_math"].values()
         assert after["outcome"] == "works" and after["milliseconds"] != before["milliseconds"]
+        left = [one.partition(":")[0] for one in server.get("/attune/machine")["remarks"] if "gave NaN" in one]
+        assert left == ["split", "basic"], "what was tried and works is given a new chance, and nothing else"
         assert "Traceback" not in server.output()[said:]
     finally:
         server.stop()

@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_run_with_its_cells_is_what_its_file_tells(server, run):
     assert {(step, block, kind, names[kernel]): calls for step, block, kind, kernel, calls in found["cells"]} == told
     assert {step for step, *_ in told} == {3, 4, 5} and {kernel for *_, kernel in told} == {"split", "basic"}
     assert found["kernels"]["split"]["seconds"] > 0
+
+
+def test_the_list_tells_when_each_run_began_and_how_long_it_took(server, run):
+    row = next(row for row in read(server, "/attune/runs")["runs"] if row["run"] == run["run"])
+    whole = read(server, f"/attune/runs/{run['run']}")
+    assert (row["started"], row["seconds"]) == (whole["started"], whole["seconds"]) and row["seconds"] > 0
+    began = datetime.fromisoformat(row["started"].replace("Z", "+00:00"))
+    assert 0 <= (datetime.now(timezone.utc) - began).total_seconds() < 600
 
 
 def test_a_report_as_text_as_a_file_and_as_a_picture(server, run, tmp_path):

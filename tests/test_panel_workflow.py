@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from comfyui_attune.graphs.kinds import ATTENTION
 from support.panel import Panel
 from support.workflows import BYPASSED, SELECTORS, SWITCHES
 
@@ -112,6 +113,34 @@ def test_all_attention_nodes_are_bypassed_and_enabled_at_once_and_undone(panel, 
     }
     panel.button("Enable all").click()
     desk.page.get_by_text("Nothing to enable").first.wait_for()
+
+
+def test_the_nodes_are_those_of_the_command_line_and_what_is_muted_stays_so(desk):
+    """Other packs' nodes too: who bypasses all wants the model as ComfyUI itself runs it."""
+    types = desk.comfy.call(
+        "async () => (await import('/extensions/ComfyUI-Attune/panel/nodes.js')).ATTENTION",
+    )
+    assert sorted(types) == sorted(ATTENTION)
+    modes = desk.comfy.call(
+        """async (types) => {
+            const nodes = [...types, "AttentionReport", "ReleaseModel"].map((type, at) => ({
+                id: at + 1, type, pos: [0, 80 * at], size: [200, 60], flags: {}, order: at, mode: at === 1 ? 2 : 0,
+                inputs: [], outputs: [], properties: {},
+            }));
+            await app.loadGraphData({ nodes, links: [], version: 0.4, last_node_id: 99, last_link_id: 0 });
+            const found = [];
+            const look = () => found.push(Object.fromEntries(app.graph.nodes.map(one => [one.type, one.mode])));
+            for (const command of ["BypassAll", "EnableAll"]) {
+                await app.extensionManager.command.execute(`Attune.${command}`);
+                look();
+            }
+            return found;
+        }""",
+        types,
+    )
+    rest = {"AttentionReport": 0, "ReleaseModel": 0}
+    muted = {types[1]: 2}
+    assert modes == [dict.fromkeys(types, BYPASSED) | rest | muted, dict.fromkeys(types, 0) | rest | muted]
 
 
 def open_edit_menu(desk) -> None:

@@ -14,9 +14,14 @@ export const ACTIVE = 0;
 export const MUTED = 2;
 export const BYPASSED = 4;
 
-/** On `event` of the server or the front end call `take` with what it says. @param {string} event */
-export function listen(event, take) {
-  /** @type {any} */ (api).addEventListener(event, ({ detail }) => take(detail));
+/**
+ * On `event` of the server or the front end call `take` with what it says, until `signal` aborts.
+ * @param {string} event
+ * @param {(detail: any) => void} take
+ * @param {AbortSignal} [signal]
+ */
+export function listen(event, take, signal) {
+  /** @type {any} */ (api).addEventListener(event, ({ detail }) => take(detail), { signal });
 }
 
 let loading = 0;

@@ -140,6 +140,7 @@ class Fake:
             "/attune/machine": MACHINE,
             "/attune/kernels": {"kernels": KERNELS},
             "/attune/runs": {"runs": []},
+            "/attune/last-prompt": {"prompt": None},
             "/attune/probe": {"running": False, "waiting": False, "done": 0, "total": 0},
             "/attune/watch": {"live": True, "seconds": 30},
             "/attune/bundle": "the bundle\n",

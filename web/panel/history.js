@@ -13,8 +13,9 @@ function label(row) {
   const kernels = Object.entries(row.observed ?? {}).sort(([, a], [, b]) => b - a);
   const ran = kernels.map(([name, calls]) => `${name} ×${calls}`).join(", ");
   const status = row.status === "finished" ? "" : t(`run.${row.status}`);
+  const took = row.seconds ? t("run.seconds", { seconds: short(row.seconds) }) : "";
   const time = row.started ? new Date(row.started).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : "";
-  return [row.run, time, row.model, ran, status].filter(Boolean).join(" · ");
+  return [row.run, time, row.model, took, ran, status].filter(Boolean).join(" · ");
 }
 
 export class History {

@@ -2,6 +2,7 @@
 
 import { listen } from "../comfy.js";
 import { alertBox, button, copyButton, make, section, setText } from "./dom.js";
+import { said } from "./said.js";
 import { get, post } from "./server.js";
 import { t } from "./text.js";
 import { named, short } from "./view.js";
@@ -23,7 +24,8 @@ export class Kernels {
   #probe = button(t("kernels.probe"), () => this.#start(), { title: t("kernels.probe.hint") });
   #folded = true;
 
-  constructor() {
+  /** @param {AbortSignal} signal ends its listening. */
+  constructor(signal) {
     this.#bar.hidden = true;
     this.#section.body.append(
       make("p", { class: "row" }, this.#probe),
@@ -31,7 +33,7 @@ export class Kernels {
       this.#alert.element,
       this.#list,
     );
-    listen("attune.probe", (detail) => this.#hear(detail));
+    listen("attune.probe", (detail) => this.#hear(detail), signal);
   }
 
   async refresh() {
@@ -106,9 +108,9 @@ function lines(row) {
   const first = make("tr", { "data-outcome": outcome }, head, make("td", {}, sign, verdict), speed, far);
   const why = outcome === "works" ? "" : cause || detail || reasons.join("; ");
   if (!why && !cure) return [first];
-  const cell = make("td", { colspan: 4 }, make("p", {}, why));
+  const cell = make("td", { colspan: 4 }, make("p", {}, said(why)));
   if (cure) {
-    cell.append(make("p", {}, cure.text));
+    cell.append(make("p", {}, said(cure.text)));
     if (cure.command) {
       const copy = copyButton(cure.command, t("kernels.copy"), {
         "aria-label": t("kernels.copy.of", { kernel: name }),

@@ -3,11 +3,12 @@
 import { api, listen } from "../comfy.js";
 import { make, section, setText } from "./dom.js";
 import { Run } from "./run.js";
-import { post } from "./server.js";
+import { get, post } from "./server.js";
 import { t } from "./text.js";
 import { RunView } from "./view.js";
 
 const REPEAT = 15_000; // milliseconds; the server forgets who has not asked for twice as long
+const PAUSE = 200; // milliseconds after which a change of the queue is looked at: they come in numbers
 
 export class Live {
   #section = section("live", t("live.title"));
@@ -22,18 +23,26 @@ export class Live {
   #wanted = true;
   #watching = false;
   #ended;
+  /** @type {any} what the server knows of the prompt that runs or ran last */
+  #prompt = null;
+  #look = 0;
 
-  /** @param {(run: Run) => void} ended is told when a run has come to an end. */
-  constructor(ended) {
+  /**
+   * @param {(run: Run) => void} ended is told when a run has come to an end.
+   * @param {AbortSignal} signal ends its listening.
+   */
+  constructor(ended, signal) {
     this.#ended = ended;
     this.#view.element.hidden = true;
     this.#section.body.append(this.#said, this.#view.element);
-    listen("attune.live", (detail) => this.#hear(detail));
-    listen("reconnected", () => {
+    listen("attune.live", (detail) => this.#hear(detail), signal);
+    const again = () => {
       this.#forget();
       this.tell();
-    });
-    document.addEventListener("visibilitychange", () => this.tell());
+    };
+    listen("reconnected", again, signal);
+    listen("status", () => this.refresh(), signal); // a prompt has come, begun or ended, of whichever page
+    document.addEventListener("visibilitychange", () => this.tell(), { signal });
   }
 
   /** The panel is shown, or no longer. */
@@ -66,9 +75,38 @@ export class Live {
     this.#say();
   }
 
+  /** Ask which prompt was the last one, a moment after this was called first. */
+  refresh() {
+    if (!this.#mounted) return;
+    this.#look ||= setTimeout(async () => {
+      this.#look = 0;
+      if (!this.#mounted) return;
+      try {
+        this.#prompt = (await get("/attune/last-prompt")).prompt;
+      } catch {
+        this.#prompt = null; // the other sections say what is wrong
+      }
+      this.#say();
+    }, PAUSE);
+  }
+
+  /** Why no run belongs to the prompt that runs or ran last, "" where one does or nobody knows. */
+  #why() {
+    const { state, nodes, runs = [], cached, default: kernel } = this.#prompt ?? { state: "" };
+    if (!state || runs.length || (state === "running" && nodes)) return "";
+    if (state === "running") return t("prompt.running");
+    if (cached) return t("prompt.cached");
+    if (!nodes) return kernel ? t("prompt.default", { kernel }) : t("prompt.without");
+    return t(`prompt.${state === "finished" ? "nothing" : state}`);
+  }
+
   #say() {
     this.#said.hidden = Boolean(this.#wanted && this.#run?.running);
-    setText(this.#said, t(!this.#wanted ? "live.off" : this.#run ? "live.waiting" : "live.none"));
+    const why = this.#wanted ? this.#why() : "";
+    const below = why && this.#run ? t("prompt.below", { number: this.#run.number }) : "";
+    const usual = t(!this.#wanted ? "live.off" : this.#run ? "live.waiting" : "live.none");
+    this.#said.className = why ? "remark" : "quiet";
+    setText(this.#said, why ? `${why} ${below}`.trim() : usual);
   }
 
   async #send(on) {

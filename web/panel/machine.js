@@ -1,6 +1,7 @@
 // The machine in four lines.
 
 import { alertBox, make, section } from "./dom.js";
+import { said } from "./said.js";
 import { get } from "./server.js";
 import { t } from "./text.js";
 
@@ -19,8 +20,8 @@ export class Machine {
       const { version, comfyui, off, lines, remarks = [] } = await get("/attune/machine");
       this.#alert.say(off ? t("machine.off") : "");
       this.#lines.replaceChildren(
-        ...lines.map((line) => make("li", {}, line)),
-        ...remarks.map((remark) => make("li", { class: "remark" }, remark)),
+        ...lines.map((line) => make("li", {}, said(line))),
+        ...remarks.map((remark) => make("li", { class: "remark" }, said(remark))),
         make("li", { class: "quiet" }, t("machine.version", { version, comfyui })),
       );
     } catch (error) {

@@ -3,30 +3,31 @@
 import { ACTIVE, BYPASSED, app, rootGraph, walk } from "../comfy.js";
 import { t } from "./text.js";
 
-// Nodes that put a kernel on a model. The others of the pack measure or tell, and change nothing.
-const PATCHES = new Set([
+// Nodes that decide what computes a model's attention, whichever pack they are of, and the one that records its calls:
+// those that `attune workflow bypass` takes (graphs/kinds.py).
+export const ATTENTION = [
   "AttentionSelector",
+  "AttentionRule",
   "SDPAForce",
   "Sage3Switch",
-  "AttentionRule",
+  "AttentionCapture",
   "Sage3AttentionOnlySwitch",
   "PathchSageAttentionKJ",
   "PatchFlashAttentionKJ",
-]);
-
-const packOf = (type) => globalThis.LiteGraph?.registered_node_types?.[type]?.nodeData?.python_module;
-
-/** Is `node` one of the pack's that patch a model? Another pack may have brought the ids of the last three. */
-const isOurs = (node) => PATCHES.has(node.type) && packOf(node.type) === packOf("AttentionSelector");
+  "ModelAttentionBackend",
+];
 
 // In the properties of a node that was bypassed with all others: "enable all" gives those back and no others, as a
 // workflow may hold nodes that were bypassed before.
 const MARK = "attune_bypassed";
 
-/** Set every attention node of the open workflow from one mode to another, as one step of Ctrl+Z; returns how many. */
+/**
+ * Set every attention node of the open workflow from one mode to another, as one step of Ctrl+Z; returns how many. One
+ * that is muted stays so: what is behind it would not run either, which is what its user wanted.
+ */
 function change(from, to) {
   const all = new Set([...walk(rootGraph())].map(([, node]) => node)); // a subgraph may be there twice
-  const there = [...all].filter((node) => isOurs(node) && node.mode === from);
+  const there = [...all].filter((node) => ATTENTION.includes(node.type) && node.mode === from);
   const marked = there.filter((node) => node.properties?.[MARK]);
   const nodes = to === ACTIVE && marked.length ? marked : there;
   if (!nodes.length) return 0;

@@ -1,6 +1,7 @@
 // What the panel asks the server. Each failure is an Error with a sentence that says what to do.
 
 import { api } from "../comfy.js";
+import { said } from "./said.js";
 import { t } from "./text.js";
 
 /**
@@ -18,9 +19,8 @@ export async function ask(path, options) {
   if (answer.ok) return answer;
   const message = await errorIn(answer);
   if (answer.status === 404 && !message) throw new Error(t("error.old", { path }));
-  throw Object.assign(new Error(t("error.refused", { path, status: answer.status, message: message || "?" })), {
-    status: answer.status,
-  });
+  const values = { path, status: answer.status, message: said(message) || "?" };
+  throw Object.assign(new Error(t("error.refused", values)), { status: answer.status });
 }
 
 async function errorIn(answer) {

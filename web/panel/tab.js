@@ -1,6 +1,6 @@
 // The sidebar tab "Attention": puts the sections together, and lets them work only while it is shown.
 
-import { listen } from "../comfy.js";
+import { app, listen } from "../comfy.js";
 import { History } from "./history.js";
 import { Kernels } from "./kernels.js";
 import { Live } from "./live.js";
@@ -26,6 +26,13 @@ export class Tab {
   #theme = null;
   #shown = false;
   #wanted = true;
+  #end = new AbortController(); // of the sections' listening
+
+  constructor() {
+    this.#host.addEventListener("keydown", keepKeys);
+    const translate = () => this.#translate().catch((error) => console.error("Attune:", error));
+    app.ui.settings.addEventListener("Comfy.Locale.change", translate);
+  }
 
   /** The front end shows the tab in `container`; it may say so several times. */
   render(container) {
@@ -65,8 +72,8 @@ export class Tab {
   }
 
   async #refresh() {
-    const { machine, history, kernels } = this.#parts ?? {};
-    if (this.#shown) await Promise.all([machine, history, kernels].map((part) => part?.refresh()));
+    const { machine, live, history, kernels } = this.#parts ?? {};
+    if (this.#shown) await Promise.all([machine, live, history, kernels].map((part) => part?.refresh()));
   }
 
   /** Draw what style sheets do not reach, in the colours of the theme. */
@@ -76,21 +83,33 @@ export class Tab {
   }
 
   async #build() {
+    const { signal } = this.#end;
     await chooseLanguage();
-    if (this.#parts) return;
+    if (this.#parts || signal.aborted) return;
     const history = new History((run) => live.show(run));
-    const live = new Live(() => history.refresh());
+    const live = new Live(() => history.refresh(), signal);
     const machine = new Machine();
-    const kernels = new Kernels();
+    const kernels = new Kernels(signal);
     this.#parts = { live, history, machine, kernels };
-    listen("reconnected", () => this.#refresh()); // ComfyUI may have been started again
+    listen("reconnected", () => this.#refresh(), signal); // ComfyUI may have been started again
     for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
-      listen(end, () => this.#shown && !this.#wanted && history.refresh()); // which the live map would have told
+      listen(end, () => this.#shown && !this.#wanted && history.refresh(), signal); // the live map would have told
     }
-    const shadow = this.#host.attachShadow({ mode: "open" });
+    const shadow = this.#host.shadowRoot ?? this.#host.attachShadow({ mode: "open" });
     shadow.adoptedStyleSheets = [STYLE];
-    const elements = [machine, new Tools(), live, history, kernels].map((part) => part.element);
-    shadow.append(make("h2", {}, t("title")), ...elements);
-    shadow.addEventListener("keydown", keepKeys);
+    const elements = [machine, new Tools(signal), live, history, kernels].map((part) => part.element);
+    shadow.replaceChildren(make("h2", {}, t("title")), ...elements);
+  }
+
+  /** ComfyUI has changed its language: everything is made anew in that one. */
+  async #translate() {
+    await undefined; // the front end says so before it keeps the new value
+    if (!this.#parts && !this.#shown) return; // the tab asks when it is opened
+    if (this.#parts) this.#parts.live.mounted = false;
+    this.#theme?.disconnect();
+    this.#end.abort();
+    this.#end = new AbortController();
+    this.#parts = null;
+    if (this.#shown) await this.#open();
   }
 }

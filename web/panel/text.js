@@ -1,6 +1,7 @@
 // The panel's words. A translation is a `locales/<language>/main.json` with these ids under "attune"; ComfyUI serves it.
 
 import { api, app } from "../comfy.js";
+import { learn } from "./said.js";
 
 /** @type {Record<string, string>} */
 export const ENGLISH = {
@@ -19,7 +20,9 @@ export const ENGLISH = {
   "tools.copy.failed": "The browser does not let this page copy. The text is marked: press Ctrl+C.",
   "tools.bypass": "Bypass all",
   "tools.enable": "Enable all",
-  "tools.bypass.hint": "All attention nodes of this workflow, also in subgraphs. Ctrl+Z undoes it.",
+  "tools.bypass.hint":
+    "All nodes of this workflow that choose a kernel, also those of KJNodes and those in subgraphs. What is muted " +
+    "stays muted. Ctrl+Z undoes it.",
 
   "bench.sampler": "Benchmark the model of which sampler?",
   "bench.start": "Start",
@@ -28,6 +31,9 @@ export const ENGLISH = {
   "bench.started": "The benchmark runs. It takes some seconds for each kernel and shape.",
   "bench.done": "The benchmark is done.",
   "bench.result": "Result of the benchmark",
+  "bench.gone":
+    "ComfyUI no longer knows the benchmark: it was taken out of the queue, its history was cleared, or ComfyUI was " +
+    "started again.",
   "bench.picture": "Speed by shape, and speed against error",
   "bench.failed": "The benchmark failed: {message}",
   "bench.none":
@@ -39,7 +45,22 @@ export const ENGLISH = {
   "live.title": "Sampling",
   "live.off": "The live map is off. Switch it on in Settings → Attune.",
   "live.none": "Nothing has been sampled yet. Run a workflow with an attention node, and watch it here.",
-  "live.waiting": "Nothing is being sampled. This was the last run.",
+  "live.waiting": "Nothing is being sampled with an attention node. This was the last run.",
+
+  "prompt.running": "The prompt that runs has no active attention node of ComfyUI-Attune: nothing of it is recorded.",
+  "prompt.without":
+    "The last prompt ran without an attention node of ComfyUI-Attune, so nothing of it was recorded: whatever it " +
+    "sampled, ComfyUI itself or another pack computed the attention.",
+  "prompt.default":
+    "The last prompt ran without an attention node of ComfyUI-Attune, so nothing of it was recorded: whatever it " +
+    "sampled was to run on {kernel}, the default of the environment.",
+  "prompt.cached": "The last prompt sampled nothing: ComfyUI had all of it in its cache.",
+  "prompt.nothing":
+    "Nothing that the last prompt sampled went through its attention nodes: the result was in ComfyUI's cache, the " +
+    "nodes are switched off, or they have no sampler of ComfyUI's behind them.",
+  "prompt.failed": "The last prompt failed before anything was sampled with an attention node.",
+  "prompt.stopped": "The last prompt was stopped before anything was sampled with an attention node.",
+  "prompt.below": "Shown below: run {number}.",
 
   "run.number": "Run {number}",
   "run.steps": "steps {first}–{last} of {steps}",
@@ -107,7 +128,9 @@ export const ENGLISH = {
 
   "kernels.title": "Kernels",
   "kernels.probe": "Probe again",
-  "kernels.probe.hint": "Tries every kernel in a process of its own and compares it with exact attention.",
+  "kernels.probe.hint":
+    "Tries every kernel in a process of its own and compares it with exact attention. One that works gets a new " +
+    "chance in models where it had failed.",
   "kernels.probing": "Probing {done} of {total}: {kernel}",
   "kernels.probed": "All kernels were probed.",
   "kernels.name": "Kernel",
@@ -134,8 +157,8 @@ export const ENGLISH = {
 
   "nodes.bypassed": "Bypassed attention nodes: {count}. Ctrl+Z undoes it.",
   "nodes.enabled": "Enabled attention nodes: {count}. Ctrl+Z undoes it.",
-  "nodes.none.active": "Nothing to bypass: this workflow has no active attention node of ComfyUI-Attune.",
-  "nodes.none.bypassed": "Nothing to enable: this workflow has no bypassed attention node of ComfyUI-Attune.",
+  "nodes.none.active": "Nothing to bypass: this workflow has no active attention node.",
+  "nodes.none.bypassed": "Nothing to enable: this workflow has no bypassed attention node.",
 
   "error.away": "ComfyUI does not answer ({path}). Is it still running? Start it, then try again.",
   "error.old":
@@ -152,14 +175,15 @@ let translated = {};
 /** Fetch the words of the language that ComfyUI is set to. English where there are none. */
 export async function chooseLanguage() {
   const language = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
-  translated = {};
-  if (language === "en") return;
+  /** @type {Record<string, any>} */
+  let words = {};
   try {
-    const all = await (await api.fetchApi("/i18n")).json();
-    translated = all[language]?.attune ?? {};
+    if (language !== "en") words = (await (await api.fetchApi("/i18n")).json())[language] ?? {};
   } catch {
     // English will do.
   }
+  translated = words.attune ?? {};
+  learn(words.attune_said ?? {});
 }
 
 /**

@@ -4,6 +4,7 @@ import { make, setAttribute, setText } from "./dom.js";
 import { BlockMap } from "./map.js";
 import { colour } from "./palette.js";
 import { inRanges } from "./run.js";
+import { said } from "./said.js";
 import { t } from "./text.js";
 
 /** @typedef {import("./run.js").Run} Run */
@@ -175,13 +176,14 @@ export class RunView {
         block === null ? "" : t("run.cell.block", { block }),
         count > 1 ? `×${count}` : "",
       ].filter(Boolean);
-      const said = where.length ? t("run.event", { text, where: where.join(", ") }) : text;
+      const what = said(text);
+      const told = where.length ? t("run.event", { text: what, where: where.join(", ") }) : what;
       if (!this.#happened.has(id)) {
         const line = make("span");
         this.#happened.set(id, line);
         this.#events.append(make("li", { "data-kind": kind }, make("b", {}, t(`event.${kind}`)), " ", line));
       }
-      setText(this.#happened.get(id), said);
+      setText(this.#happened.get(id), told);
     }
     const none = !run.running && !run.events.length && !run.notes.length ? [t("run.events.none")] : [];
     const notes = [...run.notes, ...none];
@@ -191,7 +193,7 @@ export class RunView {
     }
     for (const text of notes) {
       if (this.#notes.has(text)) continue;
-      this.#notes.set(text, make("li", { class: none.length ? "quiet" : "note" }, text));
+      this.#notes.set(text, make("li", { class: none.length ? "quiet" : "note" }, said(text)));
       this.#events.append(this.#notes.get(text) ?? "");
     }
     this.#more.hidden = run.eventsLeftOut <= 0;
@@ -212,9 +214,9 @@ export class RunView {
         rows.push([inRanges(phase.steps), where, kind, kernels]);
       }
     }
-    const said = JSON.stringify(rows);
-    if (this.#table.dataset.said === said) return;
-    this.#table.dataset.said = said;
+    const now = JSON.stringify(rows);
+    if (this.#table.dataset.said === now) return;
+    this.#table.dataset.said = now;
     const heads = ["run.table.steps", "run.table.blocks", "run.table.kind", "run.kernel"];
     const head = make("tr", {}, ...heads.map((id) => make("th", { scope: "col" }, t(id))));
     const body = rows.map((row) => make("tr", {}, ...row.map((text) => make("td", {}, text))));
