@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -54,25 +54,32 @@ def _route(
     if forward is None or forward.router is None:
         return original()
     device = q.device.type
-    if torch.is_autocast_enabled(device):  # SDPA is among the operators that autocast narrows, other kernels are not
+    if autocast := torch.is_autocast_enabled(device):
+        # SDPA is among the operators that autocast narrows, other kernels are not; nor may what they compute be.
         narrow = torch.get_autocast_dtype(device)
         q, k, v = (t.to(narrow) if t.is_floating_point() else t for t in (q, k, v))
         mask = mask.to(narrow) if mask is not None and mask.is_floating_point() else mask
+
+    def host(*_given: Any, **_more: Any) -> torch.Tensor:
+        with torch.autocast(device, narrow) if autocast else nullcontext():
+            return original()
+
     options, token = PLACE.get(), _ROUTED.set(True)
     try:
-        return forward.router(
-            lambda *_given, **_more: original(),
-            q,
-            k,
-            v,
-            q.shape[1],
-            mask,
-            precision,
-            True,
-            not joined,
-            transformer_options=options,
-            **arguments,
-        )
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            return forward.router(
+                host,
+                q,
+                k,
+                v,
+                q.shape[1],
+                mask,
+                precision,
+                True,
+                not joined,
+                transformer_options=options,
+                **arguments,
+            )
     finally:
         _ROUTED.reset(token)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import threading
 import weakref
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 
 _MISSING: Any = object()
 _OLD = "_old_forward"  # where accelerate keeps what stood at `forward` before its own hook
-_KEPT = "__deepcopy__"
+_HOOKS = "_diffusers_hook"  # where diffusers keeps what stood there before hooks of its own (caching, group offloading)
+_KEPT, _REDUCED = "__deepcopy__", "__reduce_ex__"
 LOCK = threading.RLock()  # models may be shared by the pipelines of several threads
 
 
@@ -26,34 +28,60 @@ class _Change:
 class _Kept:
     """What was changed on one object, in order. It stands in that object's own dictionary, as its `__deepcopy__`.
 
-    So nothing outside the object keeps it, or what it held, alive; and a copy has what was there before.
+    So nothing outside the object keeps it, or what it held, alive; and a copy, or a pickle, has what was there before.
     """
 
     def __init__(self, thing: Any) -> None:
         self.thing = weakref.ref(thing)
         self.made: list[_Change] = []
-        self._before = vars(thing).get(_KEPT, _MISSING)
-        vars(thing)[_KEPT] = self
+        self._before = {name: vars(thing).get(name, _MISSING) for name in (_KEPT, _REDUCED)}
+        vars(thing).update({_KEPT: self, _REDUCED: self._reduced})
 
     def leave(self, thing: Any) -> None:
-        if self._before is _MISSING:
-            vars(thing).pop(_KEPT, None)
-        else:
-            vars(thing)[_KEPT] = self._before
+        for name, before in self._before.items():
+            _restore(vars(thing), name, before)
 
     def __call__(self, memo: dict[int, Any]) -> Any:
         """A deep copy of the object, unchanged."""
         thing = self.thing()
         with LOCK:
+            ours = {name: vars(thing)[name] for name in self._before}
             self.leave(thing)
             try:
                 twin = copy.deepcopy(thing, memo)
             finally:
-                vars(thing)[_KEPT] = self
+                vars(thing).update(ours)
             for change in reversed(self.made):
                 before = change.before if change.before is _MISSING else copy.deepcopy(change.before, memo)
                 _put_back(twin, _Change(change.owner, change.name, before, change.ours), [])
         return twin
+
+    def _reduced(self, protocol: Any) -> Any:
+        """The object as pickle wants it (torch.save), unchanged: whoever loads it need not have this pack."""
+        thing: Any = self.thing()
+        with LOCK:
+            kind: Any = type(thing)
+            found = kind.__reduce_ex__(thing, protocol)
+            if not (isinstance(found, tuple) and len(found) > 2 and isinstance(found[2], dict)):
+                return found  # a way of its own
+            make, arguments, state = found[0], found[1], dict(found[2])
+            for change in reversed(self.made):
+                if change.name == "__class__":
+                    kind = change.before
+                elif state.get(change.name) is change.ours:
+                    _restore(state, change.name, change.before)
+            for name, before in self._before.items():
+                _restore(state, name, before)
+        if kind is not type(thing):  # pickle takes no other class with what is there by default
+            make, arguments = copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
+        return make, arguments, state, *found[3:]
+
+
+def _restore(names: dict[str, Any], name: str, before: Any) -> None:
+    if before is _MISSING:
+        names.pop(name, None)
+    else:
+        names[name] = before
 
 
 def _kept(thing: Any) -> _Kept | None:
@@ -86,10 +114,11 @@ class Changes:
                 vars(thing)[name] = value
 
     def stands(self, thing: Any, name: str) -> bool:
-        """Is what `set` put there still in force, perhaps behind another pipeline's hook, or one of accelerate?"""
+        """Is what `set` put there still in force, perhaps behind another's hook (see `_behind`)?"""
         kept = _kept(thing)
         ours = [one.ours for one in kept.made if one.owner is self and one.name == name] if kept else []
-        for value in (vars(thing).get(name), vars(thing).get(_OLD) if name == "forward" else None):
+        for names, key in [(vars(thing), name), *_behind(thing, name)]:
+            value = names.get(key)
             for one in wrapped(value):
                 if any(one is our for our in ours):
                     return True
@@ -115,6 +144,13 @@ class Changes:
         return left
 
 
+def changeable(thing: Any, name: str) -> bool:
+    """Does `thing.name` stand in a dictionary of its own? Not with `__slots__`, or where its class answers first."""
+    kind = type(thing)
+    kept = hasattr(thing, "__dict__") and bool(kind.__weakrefoffset__)
+    return kept and not hasattr(type(getattr(kind, name, None)), "__set__")
+
+
 def original(thing: Any, name: str) -> Any:
     """`thing.name` as the user has it, whatever pipelines have put in its place."""
     kept, value = _kept(thing), vars(thing).get(name, _MISSING)
@@ -136,6 +172,16 @@ def compiled(function: Any) -> bool:
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
+def _behind(thing: Any, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """(dictionary, key) of what is called behind the hooks that accelerate and diffusers have put on `forward`."""
+    if name != "forward":
+        return
+    yield vars(thing), _OLD
+    for reference in getattr(vars(thing).get(_HOOKS), "_fn_refs", ()):
+        yield vars(reference), "forward"
+        yield vars(reference), "original_forward"
+
+
 def _put_back(thing: Any, change: _Change, others: list[_Change]) -> bool:
     """Put one change back; False where what stands there now is somebody else's, with ours in it."""
     name, before = change.name, change.before
@@ -146,17 +192,18 @@ def _put_back(thing: Any, change: _Change, others: list[_Change]) -> bool:
     own = vars(thing)
     now = own.get(name, _MISSING)
     later = next((one for one in others if one.name == name and one.before is change.ours), None)
+    behind = [(names, key) for names, key in _behind(thing, name) if names.get(key) is change.ours]
     if now is change.ours:
-        if before is _MISSING:
-            del own[name]
-        else:
-            own[name] = before
+        _restore(own, name, before)
     elif later is not None:  # another pipeline's hook stands on ours, and will put back what was before it
         later.before = before
-    elif name == "forward" and own.get(_OLD, _MISSING) is change.ours:
-        own[_OLD] = type(thing).forward.__get__(thing) if before is _MISSING else before
-        if getattr(now, "__wrapped__", None) is change.ours:
-            now.__wrapped__ = own[_OLD]
+    elif behind:
+        inner = getattr(type(thing), name).__get__(thing) if before is _MISSING else before
+        for names, key in behind:
+            names[key] = inner
+        for one in wrapped(now):
+            if getattr(one, "__wrapped__", None) is change.ours:
+                one.__wrapped__ = inner
     else:
         return now is _MISSING or not any(one is change.ours for one in wrapped(now))
     return True

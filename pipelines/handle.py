@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import logging
 import sys
@@ -27,6 +28,11 @@ log = logging.getLogger("attune")
 SOURCE = "attune.apply"
 _KEPT = 50
 _NO_RUN = "There is no run to report yet: call the pipeline, and let the call end."
+_GONE = (
+    "the pipeline was thrown away and took its hooks along: give the one that is called to attune.apply (one that is "
+    "made of a patched pipeline's models, as by from_pipe, is patched by itself)"
+)
+_HEIR = "this pipeline was made of a patched one's models: it follows the same rules until their handle is removed"
 _OFF = "ATTUNE=off: the pack does nothing, and the pipeline is unchanged."
 
 
@@ -39,9 +45,10 @@ class Handle:
     """Rules on a pipeline. `report()` tells what ran under them, `remove()` takes them away.
 
     `runs` are the calls of the pipeline since, the last 50. `models` names the models whose attention is covered.
+    Pipelines that are made of its models meanwhile, as by `from_pipe`, follow the same rules; their runs count, too.
     """
 
-    def __init__(self, pipe: Any, policy: Policy, text_encoders: bool, foreign: str) -> None:
+    def __init__(self, pipe: Any, policy: Policy, text_encoders: bool, foreign: Literal["wrap", "leave"]) -> None:
         self.policy = policy
         self.text_encoders = text_encoders
         self.foreign = foreign
@@ -49,23 +56,31 @@ class Handle:
         self._pipe = weakref.ref(pipe)
         self._standing: Standing | None = None
         self._remarks: list[str] = []
+        # Handles of pipelines made of this one's models, and of theirs; each is kept alive by its pipeline.
+        self._heirs: list[weakref.ref[Handle]] = []
+
+    def _all(self) -> list[Handle]:
+        return [self, *(heir for known in self._heirs if (heir := known()) is not None)]
+
+    def _standings(self) -> list[Standing]:
+        return [handle._standing for handle in self._all() if handle._standing is not None]
 
     @property
     def models(self) -> list[str]:
         """Names of the components that are covered."""
-        return list(self._standing.hooks.models) if self._standing else []
+        return list(dict.fromkeys(name for standing in self._standings() for name in standing.hooks.models))
 
     @property
     def notes(self) -> list[str]:
         """What was found while the pipeline was patched, for the user."""
-        return [*self._remarks, *(self._standing.notes if self._standing else ())]
+        standings = self._standings()
+        gone = [_GONE] if standings and not any(standing.active for standing in standings) else []
+        return list(dict.fromkeys([*self._remarks, *(note for one in standings for note in one.notes), *gone]))
 
     def data(self) -> list[dict[str, Any]]:
         """The runs as plain data, for JSON."""
-        runs = list(self.runs)
-        if self._standing and (outside := self._standing.outside()):
-            runs.append(outside)
-        return run_data(runs)
+        outside = (standing.outside() for standing in self._standings())
+        return run_data([*self.runs, *(run for run in outside if run is not None)])
 
     def report(self) -> str:
         """What ran, and why not what was asked for: a text of some lines for each call of the pipeline."""
@@ -75,6 +90,19 @@ class Handle:
 
     def remove(self) -> None:
         """Take these rules away; with the last of its handles gone the pipeline is as it was. Once is enough."""
+        for handle in self._all():
+            handle._leave()
+
+    def pass_on(self, pipe: Any) -> None:
+        """Put the same rules on a pipeline that was made of this one's models, until this handle is removed."""
+        heir = apply(pipe, self.policy, text_encoders=self.text_encoders, foreign=self.foreign, quiet=True)
+        if heir._standing is None:
+            return
+        heir._standing.notes[_HEIR] = None
+        heir.runs, heir._heirs = self.runs, self._heirs
+        self._heirs.append(weakref.ref(heir))
+
+    def _leave(self) -> None:
         standing, self._standing = self._standing, None
         if standing is None:
             return
@@ -109,7 +137,17 @@ def _class_with_runs(kind: type) -> type:
         vars(twin).update({key: copy.deepcopy(value, memo) for key, value in vars(self).items() if key != NAME})
         return twin
 
-    return alike(kind, __call__=__call__, __deepcopy__=__deepcopy__, **{NAME: True})
+    def __copy__(self: Any) -> Any:  # as it would be without __reduce_ex__
+        twin: Any = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __reduce_ex__(self: Any, _protocol: Any) -> Any:  # for pickle: unpatched
+        state = {key: value for key, value in vars(self).items() if key != NAME}
+        return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
+
+    special = {"__copy__": __copy__, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
+    return alike(kind, __call__=__call__, **special, **{NAME: True})
 
 
 def _policy(kernel: str | Rule | Policy) -> Policy:
@@ -117,7 +155,9 @@ def _policy(kernel: str | Rule | Policy) -> Policy:
         rules = kernel.rules if isinstance(kernel, Policy) else (kernel,)
         return Policy(tuple(replace(rule, source=rule.source or SOURCE) for rule in rules))
     if not isinstance(kernel, str):
-        raise TypeError(f"wanted the name of a kernel, a Rule or a Policy; found {kernel!r} ({type(kernel).__name__}).")
+        several = f" Several, by preference: Rule({tuple(kernel)!r})." if isinstance(kernel, (list, tuple)) else ""
+        found = f"{kernel!r} ({type(kernel).__name__})"
+        raise TypeError(f"wanted the name of a kernel, a Rule or a Policy; found {found}.{several}")
     return Policy((Rule((kernel,), source=SOURCE),))
 
 
@@ -129,6 +169,8 @@ def _check_pipeline(pipe: Any) -> None:
     hint = " Give the pipeline that the model belongs to." if isinstance(pipe, torch.nn.Module) else ""
     if not (callable(pipe) and hasattr(pipe, "components") and not isinstance(pipe, (type, torch.nn.Module))):
         raise TypeError(f"attune.apply wants a diffusers pipeline (an object, not its class); it got {found}.{hint}")
+    if not (hasattr(pipe, "__dict__") and type(pipe).__weakrefoffset__):
+        raise TypeError(f"attune.apply has to keep a note on the pipeline; {found} has __slots__. Give it a __dict__.")
 
 
 def apply(

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from ..attention.session import BUSY, CURRENT
 from . import dispatch
 from .calls import PLACE, Intercept, intercepted, own_attention
-from .changes import LOCK, Changes, original
+from .changes import LOCK, Changes, changeable, original
 from .models import (
     METHODS,
     Place,
@@ -61,10 +61,11 @@ class _Spot:
         if module is None:
             return self.seen
         own, processor = vars(module), processor_of(module)
-        theirs = getattr(processor, "__dict__", own)
+        theirs = getattr(processor, "__dict__", None)
+        backend = getattr(processor, _BACKEND, None) if theirs is None else theirs.get(_BACKEND)
         # Not the classes themselves: one of ours is equal to the one it stands for.
         which = id(processor), id(type(processor))
-        return (*which, theirs.get(_BACKEND), own.get(_BACKEND), own.get("_slice_size"), own.get(_XFORMERS))
+        return (*which, backend, own.get(_BACKEND), own.get("_slice_size"), own.get(_XFORMERS))
 
 
 class Hooks:
@@ -176,15 +177,23 @@ class Hooks:
         elif theirs:
             self._say(f"{name} has processors of another kind, {theirs}: their calls of SDPA are routed, they stay")
         for holder in holders(module):
-            own = original(holder, _BACKEND)
+            fixed = not changeable(holder, _BACKEND)
+            own = holder._attention_backend if fixed else original(holder, _BACKEND)
             if "flex" in str(getattr(own, "value", own)):
                 # Its masks are BlockMasks, which no other back end reads; some processors raise where it is not named.
                 self._say(f"{name} names diffusers' back end flex for some of its modules: their attention stays that")
                 continue
+            if fixed:  # what it names cannot be exchanged: its calls are caught where they reach SDPA
+                if package := package_of(own):
+                    self._say(
+                        f"{name} names {package} in {type(holder).__name__}, whose __slots__ or properties cannot be "
+                        "exchanged: its attention stays that. Give it the back end native, and it is routed"
+                    )
+                continue
             if (member := dispatch.register(self)) is None:
                 break
             # A processor may serve many modules, and a model many pipelines.
-            spot.options["backend"], spot.by_backend = original(holder, _BACKEND), True
+            spot.options["backend"], spot.by_backend = own, True
             if holder._attention_backend is not member:
                 self._changes.set(holder, _BACKEND, member)
         processor = processor_of(module)

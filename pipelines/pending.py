@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map
 from ..attention.session import CURRENT
 from .calls import without_scores
 
+MULTIPLIES = "_attune_multiplies"  # of a processor's class: all it does with scores is to give them to our `bmm`
+
 
 class Pending:
     """Softmaxed scores that nobody has computed: a product with the values is attention, anything else computes them.
@@ -66,12 +68,23 @@ for _name in _OPERATORS.split():
     setattr(Pending, f"__{_name}__", _computing(f"__{_name}__"))
 
 
+def bmm(scores: Any, values: torch.Tensor, **more: Any) -> torch.Tensor:
+    """What takes the place of torch.bmm in processors that only multiply what `get_attention_scores` gives them."""
+    if not isinstance(scores, tuple):
+        return torch.bmm(scores, values, **more)
+    module, query, key, mask = scores
+    return without_scores(module, query, key, values, mask, joined=False).flatten(0, 1)
+
+
 def pending_scores(module: Any, original: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     """What takes the place of a module's `get_attention_scores(query, key, attention_mask)` of (B·H, N, D) tensors."""
 
     @functools.wraps(original)
     def scores(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
-        forward = None if is_compiling() else CURRENT.get()
+        if is_compiling():  # nobody can be asked in a graph, and not every torch traces a Pending
+            known = getattr(type(module.processor), MULTIPLIES, False) and query.ndim == key.ndim == 3
+            return (module, query, key, attention_mask) if known else original(query, key, attention_mask)
+        forward = CURRENT.get()
         if forward is None or forward.router is None or query.ndim != 3 or key.ndim != 3:
             return original(query, key, attention_mask)
         return Pending(module, query, key, attention_mask, original)

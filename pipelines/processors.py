@@ -1,4 +1,4 @@
-"""Processors of diffusers whose own code calls SDPA: that call is exchanged, at no cost for the others they make."""
+"""Processors of diffusers whose own code attends: that call is exchanged, at no cost for the others they make."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ import torch.nn.functional as F
 
 from .alike import alike
 from .calls import sdpa
+from .pending import MULTIPLIES, bmm
 
 QUICK = "_attune_quick"
+_PLAIN = "diffusers.models.attention_processor"
 
 
+def _with(module: ModuleType, name: str, value: Any) -> ModuleType:
+    """The module as it is, but for one name."""
+    twin = ModuleType(module.__name__)
+    vars(twin).update(vars(module))
+    vars(twin)[name] = value
+    return twin
+
+
+@functools.cache
 def _functional() -> ModuleType:
-    """torch.nn.functional as it is, but for its attention."""
-    module = ModuleType(F.__name__)
-    vars(module).update(vars(F))
-    vars(module)["scaled_dot_product_attention"] = sdpa
-    return module
+    return _with(F, "scaled_dot_product_attention", sdpa)
+
+
+@functools.cache
+def _torch() -> ModuleType:
+    return _with(torch, "bmm", bmm)
 
 
 def is_quick(processor: Any) -> bool:
@@ -33,19 +45,27 @@ def is_quick(processor: Any) -> bool:
 def quick_class(kind: type) -> type | None:
     """A subclass of the processor class `kind` that looks like it, and whose calls of SDPA are routed.
 
-    Its `__call__` is the same code; only the name F means something else in it. None where that is not how `kind`
-    calls SDPA: its calls are caught as they are made (calls.Intercept), which costs a little for every operator.
+    Its `__call__` is the same code; only the name F means something else in it, or the name torch in one that
+    multiplies score tensors. None where that is not how `kind` attends: its calls of SDPA are caught as they are made
+    (calls.Intercept), which costs a little for every operator.
     """
     call = vars(kind).get("__call__")
     if not isinstance(call, FunctionType) or call.__closure__ or kind.__module__.partition(".")[0] != "diffusers":
         return None
-    names = set(call.__code__.co_names)
-    if call.__globals__.get("F") is not F or not {"F", "scaled_dot_product_attention"} <= names:
+    names, known = set(call.__code__.co_names), call.__globals__
+    meant: dict[str, Any] = {}
+    if {"F", "scaled_dot_product_attention"} <= names and known.get("F") is F:
+        meant["F"] = _functional()
+    # Those of some pipelines also look at the scores.
+    multiplies = {"get_attention_scores", "bmm"} <= names and kind.__module__ == _PLAIN and known.get("torch") is torch
+    if multiplies and not {"scaled_dot_product_attention", "dispatch_attention_fn"} & names:
+        meant["torch"] = _torch()
+    if not meant:
         return None
-    copy = FunctionType(call.__code__, {**call.__globals__, "F": _functional()}, call.__name__, call.__defaults__)
+    copy = FunctionType(call.__code__, {**known, **meant}, call.__name__, call.__defaults__)
     copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = call.__kwdefaults__, call.__doc__, call.__annotations__
     copy.__qualname__, copy.__module__ = call.__qualname__, call.__module__
-    return alike(kind, __call__=copy, **{QUICK: True})
+    return alike(kind, __call__=copy, **{QUICK: True, MULTIPLIES: "torch" in meant})
 
 
 @functools.cache

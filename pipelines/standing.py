@@ -21,6 +21,7 @@ from ..attention.healing import Snapshot, healed
 from ..attention.policy import Policy
 from ..attention.router import Router
 from ..attention.session import CURRENT, Forward, Session
+from . import heirs
 from .calls import intercepted
 from .hooks import Hooks
 from .models import bare, models_of, wants_gradients
@@ -65,6 +66,7 @@ class Standing:
         self.pipe = weakref.ref(pipe)
         self._end = weakref.finalize(pipe, self.fall, True)
         self._end.atexit = False
+        heirs.watch(self)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Standing:
         return self
@@ -243,5 +245,6 @@ class Standing:
     def fall(self, dead: bool = False) -> None:
         """Take every hook away; the models are as they were. `dead`: as their pipeline is gone."""
         self._end.detach()
+        heirs.unwatch(self)
         self.active = False
         self.hooks.fall(dead)

@@ -192,6 +192,16 @@ def test_what_is_no_pipeline():
     with pytest.raises(TypeError, match="not its class"):
         attune.apply(type(pipe))
 
+    class Closed:
+        __slots__ = ("components",)
+
+        def __call__(self): ...
+
+    closed = Closed()
+    closed.components = {}
+    with pytest.raises(TypeError, match=r"Closed has __slots__\. Give it a __dict__"):
+        attune.apply(closed)
+
 
 def test_unknown_names():
     pipe, _ = pipelines.sd15()
@@ -200,6 +210,8 @@ def test_unknown_names():
         attune.apply(pipe, "sage9")
     with pytest.raises(TypeError, match="wanted the name of a kernel"):
         attune.apply(pipe, 3)
+    with pytest.raises(TypeError, match=r"found \['sage1', 'sdpa'\].*Rule\(\('sage1', 'sdpa'\)\)"):
+        attune.apply(pipe, ["sage1", "sdpa"])
     with pytest.raises(ValueError, match="'wrap' or 'leave'"):
         attune.apply(pipe, "sdpa", foreign="maybe")
     assert objects_of(pipe) == objects

@@ -165,30 +165,11 @@ def test_removed_in_a_callback_the_run_keeps_its_record():
     assert "Ran: split ×8" in handle.report()
 
 
-class Closed:
-    """A processor nobody can put anything into."""
-
-    __slots__ = ("_attention_backend",)
-
-    def __init__(self):
-        self._attention_backend = None
-
-    def __call__(self, attn, x):
-        return F.scaled_dot_product_attention(x, x, x)
-
-
 def test_an_apply_that_fails_leaves_nothing_behind(monkeypatch):
     from comfyui_attune.pipelines import dispatch, hooks
 
     pipe, call = pipelines.sd15()
     before, objects = pipelines.result(pipe, call), objects_of(pipe)
-    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    own, attention.processor = attention.processor, Closed()
-    with pytest.raises(TypeError, match="__dict__"):
-        attune.apply(pipe, "split")
-    attention.processor = own
-    assert objects_of(pipe) == objects and dispatch.backend() is None
-
     settle = hooks.Hooks._settle
     asked = []
 
@@ -201,7 +182,7 @@ def test_an_apply_that_fails_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(hooks.Hooks, "_settle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         attune.apply(pipe, "split")
-    assert objects_of(pipe) == objects
+    assert objects_of(pipe) == objects and dispatch.backend() is None
     assert torch.equal(pipelines.result(pipe, call), before)
     with attune.applied(pipe, "split") as handle:
         asked.clear()

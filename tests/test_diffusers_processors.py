@@ -33,6 +33,23 @@ def test_processors_that_make_score_tensors_are_routed_without_them():
         assert handle.data()[0]["observed"] == {"split": 17}
 
 
+@pytest.mark.parametrize("kernel", ["split", "host"])
+@pytest.mark.parametrize("processor", ["AttnProcessor", "AttnProcessor2_0"])
+def test_under_autocast_a_kernel_computes_as_it_does_without(kernel, processor):
+    """Its own operators are not narrowed: scores in bfloat16 are nothing that anybody asked for."""
+    from diffusers.models import attention_processor
+
+    pipe, call = pipelines.sd15()
+    pipe.unet.set_attn_processor(getattr(attention_processor, processor)())
+    with torch.autocast("cpu", torch.bfloat16):
+        before = pipelines.result(pipe, call)
+        with attune.applied(pipe, kernel) as handle:
+            found = pipelines.result(pipe, call)
+            data = handle.data()[0]
+    assert data["observed"] == {kernel: 17} and not data["events"]
+    assert found.dtype is before.dtype and torch.allclose(found.float(), before.float(), atol=0.05)
+
+
 def test_slices_of_a_batch_are_routed():
     pipe, call = pipelines.sd15()
     before = pipelines.result(pipe, call)
@@ -535,3 +552,68 @@ def test_whose_kernels_a_back_end_calls(backend, package):
     from comfyui_attune.pipelines.models import package_of
 
     assert package_of(backend) == package
+
+
+class _Fixed:
+    """A processor of a user's without a dictionary: nothing can be hung on it."""
+
+    __slots__ = ("_attention_backend", "_parallel_config")
+
+    def __init__(self):
+        self._attention_backend = self._parallel_config = None
+
+    def __call__(self, *args, **kwargs):
+        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+        return FluxAttnProcessor.__call__(self, *args, **kwargs)
+
+
+class _HalfFixed(_Fixed):
+    """With a dictionary, in which the name of its back end does not stand."""
+
+
+@pytest.mark.parametrize("kind", [_Fixed, _HalfFixed])
+def test_a_processor_that_nothing_can_be_hung_on_is_routed(kind):
+    pipe, call = pipelines.flux()
+    before = pipelines.result(pipe, call)
+    processor = kind()
+    pipe.transformer.set_attn_processor(processor)
+    with attune.applied(pipe, "split") as handle:
+        assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-4)
+        assert handle.data()[0]["observed"] == {"split": 7}
+        assert not any("stays that" in note for note in handle.notes)
+        pipe.transformer.set_attention_backend("_native_math")
+        assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-4)
+        assert handle.data()[1]["observed"] == {"split": 7}
+    assert processor._attention_backend == "_native_math"
+    for one in pipe.transformer.attn_processors.values():
+        one._attention_backend = "sage"
+    with attune.applied(pipe, "split") as handle:
+        found = next(note for note in handle.notes if "stays that" in note)
+    assert f"names sage in {kind.__name__}" in found and "Give it the back end native" in found
+
+
+def test_compiled_processors_that_make_score_tensors_are_routed_without_them():
+    """With a full graph, in which no product of queries and keys is left."""
+    from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+
+    for processor in (AttnProcessor(), SlicedAttnProcessor(1)):
+        torch.compiler.reset()
+        graphs = []
+
+        def keep(graph, _inputs, graphs=graphs):
+            graphs.append(graph.code)
+            return graph
+
+        pipe, call = pipelines.sd15()
+        pipe.unet.set_attn_processor(processor)
+        before = pipelines.result(pipe, call)
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].compile(backend=keep, fullgraph=True)
+        with attune.applied(pipe, "split") as handle:
+            assert torch.allclose(pipelines.result(pipe, call), before, atol=1e-4)
+            assert set(handle.data()[0]["observed"]) == {"split"}
+        assert len(graphs) == 1 and "baddbmm" not in graphs[0] and "softmax" not in graphs[0]
+        assert torch.equal(pipelines.result(pipe, call), before)
+        assert "baddbmm" in graphs[-1]
+        assert type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor) is type(processor)
+    torch.compiler.reset()
