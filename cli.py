@@ -53,6 +53,13 @@ def _all_kernels() -> tuple[Any, ...]:
     return KERNELS
 
 
+def _failed(folder: Path, kernels: dict[str, Any], machine: Machine) -> dict[str, tuple[str, int]]:
+    """Which kernels failed in models that ComfyUI, or a script, sampled on this machine: name → (why, in how many)."""
+    from .host.remembered import failed
+
+    return failed(folder, kernels, machine)
+
+
 def _why_not_run(ask: Ask) -> dict[str, str]:
     """Why each kernel must not be run in this process, "" where the doctor found that it works."""
     from .doctor.probe import examine, use_choices
@@ -105,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     env.add_argument("--fast", action="store_true", help="also consider 8-bit kernels, which change results slightly")
     env.add_argument("--write", type=Path, metavar="FILE", help="put the line into FILE, replacing only its own line")
     env.set_defaults(run=_env)
-    add_doctor(commands, Path(__file__).parent, _all_kernels)
+    add_doctor(commands, Path(__file__).parent, _all_kernels, _failed)
     add_cache(commands, Path(__file__).parent)
     add_get(commands, Path(__file__).parent)
     add_quarantine(commands, Path(__file__).parent)

@@ -70,7 +70,8 @@ def _doctor(options: argparse.Namespace) -> int:
         print(file=sys.stderr)
     names = {kernel.name: kernel for kernel in kernels}
     elsewhere = [row for row in kernel_rows(names, machine) if row["name"] not in names]
-    found = report(kernels, verdicts, machine, options.pack, folder, device, elsewhere=elsewhere)
+    failed = options.failed(folder, names, machine)
+    found = report(kernels, verdicts, machine, options.pack, folder, device, elsewhere=elsewhere, failed=failed)
     data = as_json(found)
     if options.bundle is not None:
         try:
@@ -88,8 +89,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_doctor(commands: Any, pack: Path, kernels: Callable[[], Sequence[Any]]) -> None:
-    """Add `doctor` to the parser's commands. `pack` is this pack's folder, `kernels` gives all of them."""
+def add_doctor(commands: Any, pack: Path, kernels: Callable[[], Sequence[Any]], failed: Callable[..., Any]) -> None:
+    """Add `doctor` to the parser's commands.
+
+    pack: this pack's folder. kernels: gives all of them. failed: gives those that failed in models, as look.report()
+    takes it, for the folder of the pack's state, the kernels by name and the machine.
+    """
     about = "prove every attention kernel in a child process, and say what helps where one does not work"
     parser = commands.add_parser("doctor", help=about, description=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -101,4 +106,4 @@ def add_doctor(commands: Any, pack: Path, kernels: Callable[[], Sequence[Any]]) 
     parser.add_argument(
         "--home", type=Path, help="the folder of the pack's state, where ComfyUI has another user directory"
     )
-    parser.set_defaults(run=_doctor, pack=pack, kernels=kernels)
+    parser.set_defaults(run=_doctor, pack=pack, kernels=kernels, failed=failed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..attention.kernel import Kernel
@@ -18,6 +19,11 @@ from .quarantine import store as quarantine
 from .report import Report
 
 PENDING = KernelVerdict("undecided", "has not been tried yet")
+_CLEAR = "`attune cache clear --verdicts` gives it a new chance."
+_PROBE_AGAIN = (
+    "'Probe again' in the sidebar tab Attention, if it works then, or `attune cache clear --verdicts` gives it a new "
+    "chance."
+)
 
 
 def _quarantined(folder: Path) -> dict[str, str]:
@@ -46,11 +52,13 @@ def report(
     *,
     elsewhere: Sequence[dict[str, Any]] = (),
     said: Sequence[str] | None = None,
+    failed: Mapping[str, tuple[str, int]] = MappingProxyType({}),
 ) -> Report:
     """What `verdicts` mean for `device` (the machine's main one). A kernel without a verdict has not been tried yet.
 
     pack: the pack's folder. folder: that of the pack's state. elsewhere: rows of listing.kernel_rows that are not about
-    `kernels`. said: what is said about the machine as a whole, where it is not what remarks() says.
+    `kernels`. said: what is said about the machine as a whole, where it is not what remarks() says. failed: kernels
+    that failed in models → (why, in how many), as host/remembered.py has it.
     """
     device = device or machine.main_device
     kernels = list(kernels)
@@ -62,4 +70,9 @@ def report(
         f"ComfyUI does not get to see {package}: {why}. `attune quarantine remove {package}` lifts it."
         for package, why in kept.items()
     ]
+    tried = {kernel.name for kernel in kernels}
+    for name, (why, count) in failed.items():
+        models = f"{count} model{'' if count == 1 else 's'}"
+        again = _PROBE_AGAIN if name in tried else _CLEAR
+        told.append(f"{name}: {why} in {models} sampled here, and is not used there any more. {again}")
     return Report(machine, device, found, outlook(found, machine, device), told, elsewhere)

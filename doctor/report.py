@@ -182,6 +182,7 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
+_SECRET = r"(?:token|secret|password|passwd|api_?key|credential)"
 _TOKENS = (
     r"\b(hf|ghp|gho|ghs|ghu|github_pat|glpat|sk|pk|xox[a-z]|pypi|nvapi|r8)[-_][\w-]{8,}",
     r"\bAKIA[0-9A-Z]{16}\b",
@@ -189,10 +190,22 @@ _TOKENS = (
     r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)",
     r"(?<=://)[^/\s:@]+(?=@)",
     r"(?i)(?<=bearer )\s*[\w.~+/=-]+",
-    r"(?i)(?<![a-z])(?:\w*(?:token|secret|password|passwd|api_?key|credential)\w*)[\"']?\s*[=:]\s*[\"']?[^\s\"',;]+",
+    rf"(?i)(?<![a-z])(?:\w*{_SECRET}\w*)[\"']?\s*[=:]\s*[\"']?[^\s\"',;]+",
 )
-_HOMES = r"(?i)([a-z]:)?([\\/]+)(users|home|documents and settings)([\\/]+)[^\\/\s\"':;,]+"
+# On Windows a name may have spaces: what comes before the next backslash belongs to it.
+_HOMES = (
+    r"(?i)([a-z]:)?([\\/]+)(users|home|documents and settings)([\\/]+)[^\\/\s\"':;,]+"
+    r"((?: [^\\/\s\"':;,]+){1,3}(?=\\))?"
+)
+_SHARE = r"(?i)(?<![^\s\"'=(,;])\\{2,4}(?:\?\\+UNC\\+)?(?![?.])[^\\/\s\"'<]+(?:\\+[^\\/\s\"'<]+|(?=<home>))"
 _MAIL = r"[\w.+-]+@[\w-]+(\.[\w-]+)+"
+# Names that many machines have, and that say nothing about anyone; some are words of the report.
+_NOBODY = {
+    "root", "user", "admin", "administrator", "ubuntu", "debian", "runner", "docker", "localhost", "desktop", "server",
+    "comfy", "comfyui", "attune", "python", "torch", "pytorch", "cuda", "nvidia", "gpu", "linux", "windows",
+}  # fmt: skip
+_LETTERS = "A-Za-z0-9\u00c0-\u1fff"  # of scripts that put spaces between words
+_NO_SPACES = "\u2e80"  # from here on Chinese, Japanese, Korean: a name stands in the middle of other letters
 
 
 def _names() -> tuple[list[str], list[str]]:
@@ -202,18 +215,33 @@ def _names() -> tuple[list[str], list[str]]:
     with contextlib.suppress(KeyError, OSError, ImportError):  # a user without a name
         names.add(getpass.getuser())
     names |= {socket.gethostname(), platform.node(), *(Path(home).name for home in homes if home)}
-    plain = [home for home in homes if len(home) > 3]
-    return sorted(plain, key=len, reverse=True), sorted(
-        (name for name in names if len(name) > 2), key=len, reverse=True
-    )
+    names |= {name.partition(".")[0] for name in names}  # of a computer, without its domain
+    plain = {home.rstrip("\\/") for home in homes if len(home) > 3}
+    told = {name for name in names if name and name.lower() not in _NOBODY}
+    return sorted(plain, key=len, reverse=True), sorted(told, key=len, reverse=True)
+
+
+def _pattern(name: str) -> str:
+    """Where `name` stands as a word; where it is too short to be told from other words, as a part of a path."""
+    before = "" if name[0] >= _NO_SPACES else rf"(?<![{_LETTERS}])"
+    after = "" if name[-1] >= _NO_SPACES else rf"(?![{_LETTERS}])"
+    if len(name) < (3 if before or after else 2):
+        before, after = r"(?<=[\\/])", r"(?![^\\/\s\"':;,)])"
+    return f"{before}{re.escape(name)}{after}"
 
 
 def scrub(value: Any, homes: Sequence[str] | None = None, names: Sequence[str] | None = None) -> Any:
-    """`value` (text, or JSON data) without tokens, home folders, addresses, and names of users and computers."""
+    """`value` (text, or JSON data) without tokens, home folders, addresses, and names of users and computers.
+
+    Keys of JSON data are words of the report, or of packages, and stay; what a key calls a secret is removed.
+    """
     if homes is None or names is None:
         homes, names = _names()
     if isinstance(value, dict):
-        return {scrub(key, homes, names): scrub(part, homes, names) for key, part in value.items()}
+        return {
+            key: "<removed>" if isinstance(part, str) and _is_secret(key) else scrub(part, homes, names)
+            for key, part in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [scrub(part, homes, names) for part in value]
     if not isinstance(value, str):
@@ -223,8 +251,12 @@ def scrub(value: Any, homes: Sequence[str] | None = None, names: Sequence[str] |
     value = re.sub(_MAIL, "<address>", value)
     for home in homes:
         slashes = r"[\\/]+".join(re.escape(part) for part in re.split(r"[\\/]+", home))
-        value = re.sub(rf"{slashes}(?![\w.-])", "<home>", value, flags=re.IGNORECASE)
+        value = re.sub(rf"(?<![\w.-]){slashes}(?![\w.-])", "<home>", value, flags=re.IGNORECASE)
     value = re.sub(_HOMES, "<home>", value)
-    for name in names:
-        value = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "<name>", value, flags=re.IGNORECASE)
-    return value
+    value = re.sub(_SHARE, "<share>", value)
+    wanted = "|".join(["<(?:home|share|removed|address)>", *map(_pattern, names)])  # a user may be called "home"
+    return re.sub(wanted, lambda found: found[0] if found[0][0] == "<" else "<name>", value, flags=re.IGNORECASE)
+
+
+def _is_secret(key: Any) -> bool:
+    return re.search(_SECRET, str(key), re.IGNORECASE) is not None

@@ -35,20 +35,11 @@ def samplers(book: Book) -> Iterator[tuple[Graph, str]]:
                 yield graph, node
 
 
-def _set_node(graph: Graph, get_node: str) -> str | None:
-    """The SetNode of KJNodes that holds the value of a GetNode."""
-    name = shared_name(graph.nodes[get_node])
-    for node, data in graph.nodes.items():
-        if data["type"] == "SetNode" and shared_name(data) == name:
-            return node
-    return None
-
-
 def _link_into(graph: Graph, node: str) -> Link | None:
     """The link whose model comes out of a Reroute, SetNode or GetNode unchanged; None for other nodes."""
     kind = graph.kind(node)
     if kind == "GetNode":
-        holder = _set_node(graph, node)
+        holder = graph.holders.get(shared_name(graph.nodes[node]))
         if holder is None:
             return None
         node = holder

@@ -8,6 +8,7 @@ from typing import Any
 from ..measure.workflow_file import WorkflowError
 
 MOST_NODES = 5_000  # the largest official template has 150
+_MOST_LINKS = 50_000
 _MOST_RUN = 100_000
 _OUTER = ("-10", "-20")  # what stands for a subgraph's own inputs and outputs inside it
 MEND = "open it in ComfyUI, save it there, and try again"
@@ -64,11 +65,13 @@ def check(workflow: dict[str, Any]) -> None:
             raise root.wrong(f"subgraph {name!r} has no nodes and links", "a list of each")
         if not (_are(one.get("inputs") or [], dict) and _are(one.get("outputs") or [], dict)):
             raise root.wrong(f"subgraph {name!r} has inputs or outputs of another kind", "lists of objects")
-    total = 0
+    nodes = links = 0
     for place, graph in graphs_of(workflow):
-        total += len(graph["nodes"])
-        if total > MOST_NODES:
-            raise WorkflowError(f"the workflow is too large: wanted at most {MOST_NODES} nodes, found more")
+        nodes, links = nodes + len(graph["nodes"]), links + len(graph["links"])
+        if nodes > MOST_NODES or links > _MOST_LINKS:
+            raise WorkflowError(
+                f"the workflow is too large: wanted at most {MOST_NODES} nodes and {_MOST_LINKS} links, found more"
+            )
         _check_graph(_Places(place), graph, inside=bool(place))
     _check_uses(workflow, by_id)
 

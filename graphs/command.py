@@ -13,6 +13,7 @@ from ..attention.policy import KERNEL_NAMES
 from ..measure.workflow_file import WorkflowError
 from .book import Book
 from .files import Document, read, save
+from .text import say
 
 Edit = Callable[[Book, argparse.Namespace], Any]
 
@@ -32,18 +33,21 @@ def _guarded(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
         try:
             return act(options)
         except (WorkflowError, ServerError) as error:
-            print(f"attune workflow: {error}", file=sys.stderr)
+            say(f"attune workflow: {error}", sys.stderr)
         except FileNotFoundError as error:
             where = error.filename or options.file
-            print(f"attune workflow: there is no file {where}: look at its name and folder", file=sys.stderr)
+            say(f"attune workflow: there is no file {where}: look at its name and folder", sys.stderr)
         except OSError as error:
             where = error.filename or options.file
-            print(f"attune workflow: {where}: {error.strerror or error}; nothing was changed", file=sys.stderr)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-            print(
+            say(f"attune workflow: {where}: {error.strerror or error}; nothing was changed", sys.stderr)
+        except KeyboardInterrupt:
+            say("attune workflow: stopped; nothing was changed", sys.stderr)
+            return 130
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as error:
+            say(
                 f"attune workflow: {options.file} is damaged ({type(error).__name__}: {error}): open it in ComfyUI, "
                 "save it there, and try again; nothing was changed",
-                file=sys.stderr,
+                sys.stderr,
             )
         return 2
 
@@ -61,12 +65,12 @@ def _change(edit: Edit) -> Callable[[argparse.Namespace], int]:
         if done.changed or options.out is not None:
             kept = save(document, options.out, not options.no_backup)
         for line in [*done.changed, *done.notes]:
-            print(line)
+            say(line)
         if not done.changed and options.out is None:
-            print(f"{options.file} is as it was")
+            say(f"{options.file} is as it was")
         else:
             was = f" (as it was: {kept})" if kept else ""
-            print(f"written: {options.out or options.file}{was}")
+            say(f"written: {options.out or options.file}{was}")
         return 0
 
     return _guarded(act)
@@ -113,22 +117,22 @@ def _show(options: argparse.Namespace) -> int:
         return 0
     form = "API format" if document.api else "as ComfyUI saves it"
     inside = f", read from {document.medium}" if document.medium else ""
-    print(f"{options.file}: {form}{inside}, {sum(len(graph.nodes) for graph in book.graphs())} nodes")
+    say(f"{options.file}: {form}{inside}, {sum(len(graph.nodes) for graph in book.graphs())} nodes")
     if not found:
-        print("no model branch: no node samples with a model of ComfyUI's own (type MODEL)")
+        say("no model branch: no node samples with a model of ComfyUI's own (type MODEL)")
     for row in found:
-        print(f"{row['described']}{_state(row)}, {row['input']}:")
+        say(f"{row['described']}{_state(row)}, {row['input']}:")
         for one in row["attention"]:
             kernel = f": {one['kernel']}" if one["kernel"] else ""
-            print(f"    {one['described']}{kernel}{_state(one)}")
+            say(f"    {one['described']}{kernel}{_state(one)}")
         if not row["attention"]:
-            print("    no attention node")
+            say("    no attention node")
         elif not row["on_every_way"]:
-            print("    on some of the ways to it only")
+            say("    on some of the ways to it only")
     on_branches = {one["described"] for row in found for one in row["attention"]}
     for graph, node in nodes:
         if (what := graph.described(node)) not in on_branches:
-            print(f"{what}: on no model branch")
+            say(f"{what}: on no model branch")
     return 0
 
 
@@ -167,7 +171,7 @@ def add_workflow(commands: Any) -> None:
     show.add_argument("--json", action="store_true", help="print a JSON list of branches")
     every = "without it and --id: all attention nodes"
     change("bypass", "bypass attention nodes", _switch(False), every)
-    change("enable", "enable bypassed or muted attention nodes", _switch(True), every)
+    change("enable", "enable what `bypass` bypassed; where nothing was, all bypassed ones", _switch(True), every)
     insert = change("insert", "put an AttentionSelector on every model branch that has none", _insert)
     insert.add_argument("--kernel", default="auto", metavar="NAME", help="the kernel it asks for (auto)")
     insert.add_argument("--precision", choices=("exact", "fast"), default="exact", help="for auto: may it be 8 bits?")

@@ -12,8 +12,9 @@ from .branches import Tracer, branches, samplers
 from .graph import Graph
 from .kinds import ATTENTION, BESIDE, CHOOSERS, OWN, SELECTOR, saved_node
 
-ACTIVE, BYPASSED = 0, 4
-STATES = {2: "muted", BYPASSED: "bypassed"}
+ACTIVE, MUTED, BYPASSED = 0, 2, 4
+STATES = {MUTED: "muted", BYPASSED: "bypassed"}
+MARK = "attune_bypassed"  # a property of what was bypassed together; web/panel/nodes.js has the same
 NO_MODEL = (
     "nothing in the workflow samples with a model of ComfyUI's own (type MODEL): models of other kinds, as "
     "WanVideoWrapper's, and those that packs send without links are not reached"
@@ -101,23 +102,47 @@ def _has_id(graph: Graph, node: str, ids: Sequence[str]) -> bool:
 
 
 def switch(book: Book, on: bool, types: Sequence[str], ids: Sequence[str]) -> Done:
-    """Bypass nodes, or enable bypassed and muted ones."""
+    """Bypass nodes, or enable them.
+
+    What is bypassed together is marked, as the panel's "bypass all" does, and enabled together: what was bypassed
+    before stays so. Where none is marked, and for a node that `ids` names, all bypassed ones are enabled. Muted nodes
+    stay muted, unless `ids` name them for enabling.
+    """
     if not book.has_modes:
         raise WorkflowError(
             "the API format has no bypass. Wanted: the workflow as ComfyUI saves it (Workflow, Save); of this one "
             "`attune workflow remove` takes the nodes out"
         )
     done = Done()
-    for graph, node in find(book, types, ids, ATTENTION):
-        mode = graph.mode(node)
+    found = find(book, types, ids, ATTENTION)
+    marked = [(graph, node) for graph, node in found if graph.mode(node) == BYPASSED and _marks(graph, node).get(MARK)]
+    for graph, node in found:
+        mode, what = graph.mode(node), graph.described(node)
         if mode == (ACTIVE if on else BYPASSED):
-            done.notes.append(f"{graph.described(node)} is {'enabled' if on else 'bypassed'} already")
-            continue
-        graph.nodes[node]["mode"] = ACTIVE if on else BYPASSED
-        uses = 0 if graph.is_root else len(book.uses.get(graph.raw["id"], []))
-        shared = f", in all {uses} uses of that subgraph" if uses > 1 else ""
-        done.changed.append(f"{graph.described(node)} {'enabled' if on else 'bypassed'}{shared}")
+            done.notes.append(f"{what} is {'enabled' if on else 'bypassed'} already")
+        elif mode == MUTED and not (on and ids):
+            done.notes.append(f"{what} is muted and stays so; `attune workflow enable --id {node}` enables it")
+        elif on and marked and not ids and (graph, node) not in marked:
+            done.notes.append(
+                f"{what} was bypassed before the others and stays so; `attune workflow enable --id {node}` enables it"
+            )
+        else:
+            data = graph.nodes[node]
+            data["mode"] = ACTIVE if on else BYPASSED
+            if data.get("properties") is None:
+                data["properties"] = {}
+            _marks(graph, node).pop(MARK, None)
+            if not on and not ids:
+                _marks(graph, node)[MARK] = True
+            uses = 0 if graph.is_root else len(book.uses.get(graph.raw["id"], []))
+            shared = f", in all {uses} uses of that subgraph" if uses > 1 else ""
+            done.changed.append(f"{what} {'enabled' if on else 'bypassed'}{shared}")
     return done
+
+
+def _marks(graph: Graph, node: str) -> dict[str, Any]:
+    found = graph.nodes[node].get("properties")
+    return found if isinstance(found, dict) else {}
 
 
 def remove(book: Book, types: Sequence[str], ids: Sequence[str]) -> Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -39,12 +40,15 @@ def read(path: Path, to_run: bool = False) -> Document:
     """
     if path.is_dir():
         raise WorkflowError(f"{path} is a folder. Wanted: the .json file of a workflow, or a picture or video with one")
+    if path.exists() and not path.is_file():
+        raise WorkflowError(f"{path} is no file: it is a pipe or a device. Wanted: the .json file of a workflow")
     media = texts_in(path)
     if media is not None:
         medium, texts = media
         order = ("prompt", "workflow") if to_run else ("workflow", "prompt")
         name = next(name for name in order if name in texts)
-        document = _made(path, loads(texts[name], f"the {name} in {path}"), name == "prompt")
+        # ComfyUI writes NaN there, and its front end takes it for null.
+        document = _made(path, loads(texts[name], f"the {name} in {path}", lambda _: None), name == "prompt")
         document.medium = medium
         return document
     size = path.stat().st_size
@@ -111,13 +115,26 @@ def save(document: Document, out: Path | None, backup: bool) -> Path | None:
     if target.exists():
         if out is not None:
             _must_be_workflow(target)
+        if not os.access(target, os.W_OK):  # it could be replaced all the same, as its folder allows
+            raise WorkflowError(f"{target} is write-protected, and is as it was: write elsewhere with -o")
         mode = target.stat().st_mode
-        if backup:
+    try:
+        if mode is not None and backup:
             kept = _free_name(target)
             shutil.copy2(target, kept)
-    write(target, text)
+        write(target, text)
+    except BaseException as error:
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WorkflowError(
+                f"{target} cannot be written ({error.strerror or error}); nothing was changed. Wanted: a folder with "
+                "room where you may write; say another one with -o"
+            ) from None
+        raise
     if mode is not None:
-        target.chmod(mode)
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            target.chmod(mode)
     return kept
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .check import link_fields
+from .check import link_fields, shared_name
 from .kinds import ORDERS
 from .place import free_place
 
@@ -61,16 +61,22 @@ class Graph:
         self.nodes: dict[str, dict[str, Any]] = {str(node["id"]): node for node in raw["nodes"]}
         self.links = {link.id: link for link in (Link(one) for one in raw["links"] if one is not None)}
         self.highest_link = max([0, *(number for number in self.links if isinstance(number, int))])
-        live = [link for link in self.links.values() if self._is_live(link)]
+        used = {
+            (key, one["link"]) for key, node in self.nodes.items() for one in node.get("inputs") or [] if "link" in one
+        }
+        # Files hold links to nodes that are gone.
+        live = [
+            link
+            for link in self.links.values()
+            if (link.target, link.id) in used or (link.target == OUTWARD and not self.is_root)
+        ]
+        self.holders: dict[str, str] = {}  # name → the SetNode of KJNodes that holds its value
+        for key, node in self.nodes.items():
+            if node["type"] == "SetNode":
+                self.holders.setdefault(shared_name(node), key)
         self.after: dict[Pin, list[Link]] = {}
         for link in live:
             self.after.setdefault(link.origin, []).append(link)
-
-    def _is_live(self, link: Link) -> bool:
-        """Does something use it? Files hold links to nodes that are gone."""
-        if link.target == OUTWARD and not self.is_root:
-            return True
-        return any(one.get("link") == link.id for one in self.nodes.get(link.target, {}).get("inputs") or [])
 
     def mode(self, node: str) -> int:
         return int(self.nodes[node].get("mode") or 0)

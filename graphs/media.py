@@ -18,6 +18,8 @@ from .text import LARGEST
 
 Texts = dict[str, str]  # "workflow", "prompt" and "comment" -> JSON
 _NAMES = ("workflow", "prompt", "comment")
+_LONGEST_NAME = 16  # with the colon behind it
+_MOST_KEYS = 1_000_000  # bytes: an MP4's list of names
 
 
 class _CutError(Exception):
@@ -38,9 +40,13 @@ def _text(data: bytes) -> str:
         return data.decode("latin-1")
 
 
+def _wanted(found: Texts, name: str) -> bool:
+    return name in _NAMES and name not in found
+
+
 def _keep(found: Texts, name: str, data: bytes) -> None:
     name = name.strip("\0 ").lower()
-    if name in _NAMES and name not in found:
+    if _wanted(found, name):
         found[name] = _text(data).strip("\0 \n")
 
 
@@ -60,13 +66,16 @@ def _png(file: BinaryIO, end: int, found: Texts) -> None:
     while True:
         size, kind = struct.unpack(">I4s", _take(file, 8))
         if kind in (b"tEXt", b"zTXt", b"iTXt", b"comf") and size <= LARGEST:
-            name, _, data = _take(file, size).partition(b"\0")
-            if kind == b"zTXt":
+            key, _, data = _take(file, size).partition(b"\0")
+            name = key.decode("latin-1").strip().lower()
+            if not _wanted(found, name):
+                data = b""  # others are not unpacked
+            elif kind == b"zTXt":
                 data = _inflate(data[1:])
             elif kind == b"iTXt":
                 packed, rest = data[:1] == b"\1", data[2:].split(b"\0", 2)
                 data = _inflate(rest[-1]) if packed else rest[-1]
-            _keep(found, name.decode("latin-1"), data)
+            _keep(found, name, data)
             file.seek(4, 1)
         else:
             file.seek(size + 4, 1)
@@ -97,8 +106,10 @@ def _exif(data: bytes, found: Texts) -> None:
         (count,) = struct.unpack_from(order + "H", data, start)
         for number in range(count):
             _, kind, size, at = struct.unpack_from(order + "HHII", data, start + 2 + 12 * number)
-            name, _, text = data[at : at + size].partition(b":") if kind == 2 and size > 4 else (b"", b"", b"")
-            _keep(found, name.decode("latin-1"), text)
+            key, colon, _ = data[at : at + min(size, _LONGEST_NAME)].partition(b":")
+            name = key.decode("latin-1").strip("\0 ").lower()
+            if kind == 2 and colon and _wanted(found, name):
+                _keep(found, name, data[at + len(key) + 1 : at + size])
     except struct.error:
         raise _CutError from None
 
@@ -132,7 +143,7 @@ def _mp4(file: BinaryIO, end: int, found: Texts, start: int = 0, inside: tuple[b
 def _meta(file: BinaryIO, start: int, end: int, found: Texts) -> None:
     names: list[str] = []
     for kind, begin, stop in _boxes(file, start, end):
-        if stop - begin > 2 * LARGEST:
+        if stop - begin > (_MOST_KEYS if kind == b"keys" else 2 * LARGEST):
             continue
         if kind == b"keys":
             file.seek(begin + 8)

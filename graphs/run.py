@@ -8,8 +8,10 @@ from typing import Any
 from ..measure.workflow_convert import to_api
 from ..measure.workflow_file import Prompt
 from ..measure.workflow_server import RejectedError, Run, Server, ServerError
+from .api import ApiBook
 from .check import check
 from .files import Document, read
+from .text import say
 
 
 class _WithWorkflow(Server):
@@ -28,7 +30,7 @@ def _told(titles: dict[str, str], node: str, what: str) -> None:
     if sys.stderr.isatty():
         print(f"\r{text:<79.79}", end="", file=sys.stderr, flush=True)
     elif not what:
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 def _files(run: Run) -> list[str]:
@@ -66,24 +68,37 @@ def run(document: Document, url: str) -> int:
         server.workflow = shown.workflow
     if not document.api:
         check(document.workflow)
-    prompt: Prompt = document.workflow if document.api else to_api(document.workflow, server.get("/object_info"))
+    else:
+        ApiBook(document.workflow)
+    info = server.get("/object_info")
+    if not (isinstance(info, dict) and all(isinstance(node, dict) for node in info.values()) and "KSampler" in info):
+        raise ServerError(
+            f"{server.url} is no ComfyUI: wanted its list of nodes at /object_info, found something else; look at the "
+            "address"
+        )
+    prompt: Prompt = document.workflow if document.api else to_api(document.workflow, info)
     if not prompt:
-        print("attune workflow: nothing would run: every node is bypassed or muted", file=sys.stderr)
+        say("attune workflow: nothing would run: every node is bypassed or muted", sys.stderr)
         return 2
     titles = {key: f"{node['class_type']} ({key})" for key, node in prompt.items()}
     server.open()
     try:
         done = server.run(prompt, lambda node, what: _told(titles, node, what))
     except RejectedError as error:
-        print(f"attune workflow: {url} does not accept the workflow: {error}", file=sys.stderr)
+        say(f"attune workflow: {url} does not accept the workflow: {error}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("attune workflow: stopped, and taken from the server's queue", sys.stderr)
+        return 130
     finally:
         server.close()
         if sys.stderr.isatty():
             print(f"\r{'':<79}\r", end="", file=sys.stderr)
-    print(f"{done.status} after {done.seconds:.1f} s{f': {done.reason}' if done.reason else ''}")
-    for name in _files(done):
-        print(name)
-    for line in _ran(server, done.prompt_id, titles):
-        print(line)
-    return 0 if done.status == "success" else 1
+    if done.refused:
+        say(f"attune workflow: a part was not run: {done.refused}", sys.stderr)
+    if done.status == "interrupted" and not done.reason:
+        done.reason = "somebody stopped it at the server"
+    say(f"{done.status} after {done.seconds:.1f} s{f': {done.reason}' if done.reason else ''}")
+    for line in [*_files(done), *_ran(server, done.prompt_id, titles)]:
+        say(line)
+    return 0 if done.status == "success" and not done.refused else 1

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from json.encoder import encode_basestring, encode_basestring_ascii
-from typing import Any
+from typing import Any, TextIO
 
 from ..measure.workflow_file import WorkflowError
 
 LARGEST = 50_000_000  # bytes: a workflow of a thousand nodes has about two million
 _DEEPEST = 200  # ComfyUI's own files stay below 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# What moves a terminal's cursor, colours it or turns the text around.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class Verbatim(float):
@@ -40,6 +43,11 @@ class Style:
     mark: str = ""  # U+FEFF, where the file begins with it
 
 
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print one line: names in files and answers of servers are anybody's, and may hold what a terminal obeys."""
+    print(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text), file=to or sys.stdout, flush=to is not None)
+
+
 def _float(text: str) -> float:
     number = float(text)
     return number if repr(number) == text else Verbatim(text)
@@ -64,10 +72,19 @@ def depth(data: Any) -> int:
     return deepest
 
 
-def loads(text: str, where: str) -> Any:
-    """The JSON of `text`. `where` names its source in the message. Raises WorkflowError."""
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON, and ComfyUI does not open it")
+
+
+def loads(text: str, where: str, nan: Callable[[str], Any] = _no_number) -> Any:
+    """The JSON of `text`. `where` names its source in the message. Raises WorkflowError.
+
+    nan: what becomes of NaN and Infinity.
+    """
+    if not text.strip():
+        raise WorkflowError(f"{where} is empty. Wanted: a workflow as ComfyUI saves it; save it there again")
     try:
-        data = json.loads(text, parse_float=_float, parse_int=_int)
+        data = json.loads(text, parse_float=_float, parse_int=_int, parse_constant=nan)
     except RecursionError:
         data = None
     except ValueError as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +13,6 @@ from comfy.cli_args import args as launch
 from ..attention.listing import kernel_rows
 from ..attention.machine import Machine, with_memory_now
 from ..attention.plan import HOST, expand
-from ..doctor.diagnose import remarks
 from ..doctor.doctor_command import bundle as doctor_bundle
 from ..doctor.env_file import VARIABLE
 from ..doctor.kernel_verdict import KernelVerdict
@@ -29,12 +26,7 @@ from .process import PACK, kernels, machine, verdicts
 from .remembered import failed
 from .server import say_on_node
 
-_TRIED = {kernel.name for kernel in KERNELS}  # by the probe; not those that are ComfyUI's own
-_CLEAR = "`attune cache clear --verdicts` gives it a new chance."
-_PROBE_AGAIN = (
-    "'Probe again' in the sidebar tab Attention, if it works then, or `attune cache clear --verdicts` gives it a new "
-    "chance."
-)
+_PACKAGE = __name__.partition(".host.")[0]
 _MOST_LETTERS = 2000  # of what a kernel's process said
 _NOT_YET = "It has not been tried yet: that is done in the background, while no prompt runs."
 
@@ -58,19 +50,14 @@ def _remarks() -> list[str] | None:
         said.append("ATTUNE=off: the pack does nothing in this ComfyUI; its nodes pass models through.")
     if getattr(launch, "cpu", False):
         said.append("ComfyUI was started with --cpu: GPUs are not looked at.")
-    here = machine()
-    for name, (why, count) in failed(home(), kernels(), here).items():
-        models = f"{count} model{'s' if count > 1 else ''}"
-        if not said:
-            said += remarks(here, here.main_device)
-        again = _PROBE_AGAIN if name in _TRIED else _CLEAR
-        said.append(f"{name}: {why} in {models} sampled here, and is not used there any more. {again}")
     return said or None
 
 
 def _report(known: Mapping[str, KernelVerdict], here: Machine) -> Report:
-    elsewhere = [row for row in kernel_rows(kernels(), here) if row["name"] not in _TRIED]
-    return report(KERNELS, known, here, PACK, home(), elsewhere=elsewhere, said=_remarks())
+    own = {kernel.name for kernel in KERNELS}
+    elsewhere = [row for row in kernel_rows(kernels(), here) if row["name"] not in own]
+    hurt = failed(home(), kernels(), here)
+    return report(KERNELS, known, here, PACK, home(), elsewhere=elsewhere, said=_remarks(), failed=hurt)
 
 
 def look() -> tuple[str, Any]:
@@ -113,18 +100,6 @@ def bundle() -> str:
     return json.dumps(doctor_bundle(found, as_json(found)), indent=2) + "\n"
 
 
-def _version() -> str:
-    """This pack's version, "" where nobody tells."""
-    try:
-        found = re.search(r'^version = "([^"]+)"', (PACK / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-        return found[1] if found else ""
-    except OSError:  # installed as a wheel
-        try:
-            return importlib.metadata.version("comfyui-attune")
-        except importlib.metadata.PackageNotFoundError:
-            return ""
-
-
 def _default_line(requested: str, known: Mapping[str, KernelVerdict]) -> str:
     """What computes attention without a node, and what `auto` tries first where it has measured nothing."""
     own = f"ComfyUI's own ({machine().host_attention or 'unknown'})"
@@ -138,7 +113,7 @@ def machine_account() -> dict[str, Any]:
     here, known, default = machine(), _known(), default_account()
     driver = f", driver {here.driver}" if here.driver else ""
     return {
-        "version": _version(),
+        "version": getattr(sys.modules.get(_PACKAGE), "__version__", ""),
         "comfyui": getattr(sys.modules.get("comfyui_version"), "__version__", ""),
         "off": switched_off(),
         "lines": [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .workflow_file import EXPORT, Prompt, WorkflowError
-from .workflow_widgets import WidgetError, named_values
+from .workflow_widgets import WidgetError, named_values, sent_inputs
 
 _NEVER, _BYPASSED = 2, 4  # modes of a node
 _OUTER = "-10"  # the node inside a subgraph that stands for its inputs
@@ -82,8 +82,8 @@ class _Converter:
         if link not in graph.links:
             return None
         origin, slot = graph.links[link]
-        if origin == _OUTER:
-            return self._from_outside(graph, slot, wanted, depth)
+        if origin == _OUTER and graph.outer is not None:
+            return self._from_outside(graph, graph.outer, slot, wanted, depth)
         node = graph.nodes.get(origin)
         if node is None or self.mode(node) == _NEVER:
             return None
@@ -103,13 +103,14 @@ class _Converter:
             return self._shared(graph, node, wanted, depth)
         return None if node["type"] in _VIRTUAL else [f"{graph.prefix}{origin}", slot]
 
-    def _from_outside(self, graph: _Graph, slot: int, wanted: object, depth: int) -> list[Any] | _Value | None:
+    def _from_outside(
+        self, graph: _Graph, outer: _Graph, slot: int, wanted: object, depth: int
+    ) -> list[Any] | _Value | None:
         """A link from a subgraph's own input."""
-        assert graph.outer is not None
         name = graph.definition["inputs"][slot]["name"]
         for one in graph.node.get("inputs") or []:
-            if one["name"] == name and one.get("link") in graph.outer.links:
-                return self.source(graph.outer, one["link"], wanted, depth + 1)
+            if one["name"] == name and one.get("link") in outer.links:
+                return self.source(outer, one["link"], wanted, depth + 1)
         values = graph.node.get("widgets_values")
         shown = [number for number, _ in enumerate(graph.definition["inputs"]) if self._is_widget(graph, number)]
         if slot in shown and isinstance(values, list) and shown.index(slot) < len(values):
@@ -169,7 +170,7 @@ class _Converter:
             values = named_values(schema, node.get("widgets_values"))
         except WidgetError as error:
             raise WorkflowError(f"{_name(node)} cannot be read: {error}; {EXPORT}") from None
-        inputs = {name: _sent(value) for name, value in values.items()} | linked
+        inputs = sent_inputs(node["type"], {name: _sent(value) for name, value in values.items()} | linked)
         title = node.get("title") or schema.get("display_name") or node["type"]
         return {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
 
@@ -201,7 +202,7 @@ def to_api(workflow: Mapping[str, Any], info: Mapping[str, Any], switch_on: Sequ
                 "packs that have these nodes, restart ComfyUI, and try again"
             )
         prompt = {f"{graph.prefix}{node['id']}": converter.node(graph, node) for graph, node in active}
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as error:
         if isinstance(error, WorkflowError):
             raise
         raise WorkflowError(f"the workflow is damaged ({type(error).__name__}: {error}); {EXPORT}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import queue
 import threading
@@ -17,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .workflow_file import Prompt, WorkflowError
+from .workflow_refusal import why_rejected
 
 _HERE = {"127.0.0.1", "localhost", "::1"}
 _WAIT = 20.0  # seconds for an answer
+_SILENT = 20  # half seconds without a message, after which the queue is looked at
 
 
 class ServerError(Exception):
@@ -37,7 +40,7 @@ class Run:
     `status`: "success", "error" or "interrupted"; `reason`: why not a success. `seconds`: from the first node to the
     last. `nodes`: the time of each node that ran. `steps`: (steps, seconds per step) of nodes that tell their progress;
     the first step has no beginning that could be told from loading, so the time is that between steps, None for one.
-    `outputs`: what the output nodes wrote.
+    `outputs`: what the output nodes wrote. `refused`: what the server did not take, where it ran only a part.
     """
 
     prompt_id: str
@@ -48,6 +51,7 @@ class Run:
     cached: set[str] = field(default_factory=set)
     steps: dict[str, tuple[int, float | None]] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
 
 
 class _Watch:
@@ -81,7 +85,8 @@ class _Watch:
             self.run.seconds = at - self._began
             self.run.status = kind.removeprefix("execution_")
             if kind == "execution_error":
-                said = " ".join(str(data.get("exception_message", "")).split())
+                kind = str(data.get("exception_type") or "").rpartition(".")[2]
+                said = " ".join(f"{kind and f'{kind}: '}{data.get('exception_message', '')}".split())
                 self.run.reason = f"{data.get('node_type')} (node {data.get('node_id')}): {said[:500]}"
             self._close_steps()
             return True
@@ -103,9 +108,15 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        scheme, host = urllib.parse.urlsplit(self.url).scheme, urllib.parse.urlsplit(self.url).hostname
-        if scheme not in ("http", "https"):
-            raise WorkflowError(f"{url} is no address of a ComfyUI: wanted http://… or https://…")
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https") or not self.url.isprintable() or " " in self.url:
+            raise WorkflowError(
+                f"{url!r} is no address of a ComfyUI: wanted http://… or https://…, as http://127.0.0.1:8188"
+            )
         # A proxy that is set for the internet must not be asked for this machine.
         proxies = [urllib.request.ProxyHandler({})] if host in _HERE else []
         self._opener = urllib.request.build_opener(*proxies)
@@ -125,9 +136,14 @@ class Server:
         try:
             return json.loads(self.fetch(path, 120))
         except urllib.error.HTTPError as error:
-            raise ServerError(f"{self.url}{path} answered {error.code}: wanted a ComfyUI with ComfyUI-Attune") from None
-        except (OSError, ValueError) as error:
-            why = getattr(error, "reason", error)
+            wanted = "a ComfyUI with ComfyUI-Attune" if path.startswith("/attune/") else "a ComfyUI, without a login"
+            raise ServerError(f"{self.url}{path} answered {error.code}: wanted {wanted}; look at the address") from None
+        except ValueError:
+            raise ServerError(
+                f"{self.url} is no ComfyUI: wanted JSON at {path}, found something else; look at the address"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "reason", error) or type(error).__name__
             raise ServerError(
                 f"no ComfyUI answers at {self.url} ({why}): start it (python main.py, in its folder), or name its "
                 "address with --server"
@@ -152,7 +168,10 @@ class Server:
         self._thread.start()
         _, kind, data = self._next(_WAIT)  # the first message says that the socket is open
         if kind in ("", "closed"):
-            raise ServerError(f"{self.url} does not tell what it runs ({data or 'its websocket is silent'})")
+            raise ServerError(
+                f"{self.url} does not tell what it runs ({data or 'its websocket is silent'}): what stands between, as "
+                "a proxy, must let websockets through"
+            )
 
     def close(self) -> None:
         if self._loop is not None:
@@ -201,22 +220,36 @@ class Server:
         prompt_id = str(uuid.uuid4())  # newer servers take it: a prompt can be stopped before they have answered
         body = {"prompt": prompt, "client_id": self.client, "prompt_id": prompt_id}
         try:
-            prompt_id = str(self.post("/prompt", body)["prompt_id"])
+            answer = self.post("/prompt", body)
+            prompt_id = str(answer["prompt_id"])
             watch = _Watch(prompt_id, told)
+            if answer.get("node_errors"):
+                watch.run.refused = why_rejected(answer, prompt)
+            silent = 0
             while True:
                 at, kind, data = self._next(0.5)
                 if kind == "closed":
                     raise ServerError(f"{self.url} is gone ({data}): look into its log")
                 if kind and isinstance(data, dict) and watch.take(at, kind, data):
                     break
+                silent = 0 if kind else silent + 1
+                if silent % _SILENT == _SILENT - 1 and not self._has(prompt_id):
+                    watch.run.status, watch.run.reason = "interrupted", "it was taken out of the server's queue"
+                    break
             return self._finish(watch.run)
         except KeyboardInterrupt:
             self._stop(prompt_id)
             raise
         except urllib.error.HTTPError as error:
-            raise RejectedError(_why_rejected(error.read(), prompt)) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RejectedError(why_rejected(error.read(), prompt)) from None
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerError(f"{self.url} did not take the prompt ({error})") from None
+
+    def _has(self, prompt_id: str) -> bool:
+        """Does it wait or run, or has it ended? One that somebody takes out of the queue has no message."""
+        queue = self.get("/queue")
+        there = [item[1] for name in ("queue_running", "queue_pending") for item in queue.get(name, [])]
+        return prompt_id in there or bool(self.get(f"/history/{prompt_id}"))
 
     def _finish(self, run: Run) -> Run:
         """Add what the prompt wrote; the server keeps it a moment after it said that it was done."""
@@ -235,18 +268,3 @@ class Server:
                 self.post("/interrupt", {"prompt_id": prompt_id})
             else:
                 self.post("/queue", {"delete": [prompt_id]})
-
-
-def _why_rejected(answer: bytes, prompt: Prompt) -> str:
-    """The server's reasons, node by node."""
-    text = answer.decode("utf-8", "replace")
-    try:
-        data = json.loads(text)
-        reasons = []
-        for node, found in (data.get("node_errors") or {}).items():
-            title = prompt.get(node, {}).get("class_type", "?")
-            said = [f"{error.get('message')}: {error.get('details')}" for error in found.get("errors") or []]
-            reasons.append(f"{title} (node {node}): {'; '.join(said)[:400]}")
-        return "; ".join(reasons) or str((data.get("error") or {}).get("message") or text[:400])
-    except (ValueError, AttributeError, TypeError):
-        return text[:400] or "it does not say why"

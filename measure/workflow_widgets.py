@@ -9,6 +9,8 @@ _PLAIN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _OF_FRONT_END = {"LOAD_3D", "LOAD_3D_ADVANCED", "PREVIEW_3D", "AUDIO_UI", "IMAGEUPLOAD", "AUDIOUPLOAD"}
 _ROWS = "COMFY_DYNAMICGROUP_V3"
 _AFTER = {"fixed", "increment", "decrement", "randomize"}  # what a seed does after a run: a value without an input
+_VIEWERS = ("SaveGLB", "Preview3D")  # the front end puts a view of the model behind their inputs: it is not sent
+_CUSTOM_COMBO = "CustomCombo"  # behind its choice: which one that is, and the options, all of them the front end's
 _UPLOADS = ("image_upload", "video_upload", "audio_upload", "animated_image_upload", "file_upload")
 
 
@@ -41,7 +43,7 @@ def _is_widget(spec: Any) -> bool:
     if options.get("forceInput") or options.get("defaultInput"):
         return False
     kind = type_of(spec)
-    if options.get("widgetType") or options.get("socketless"):
+    if options.get("widgetType") or "socketless" in options:  # false: a widget that may be linked as well
         return True
     return kind in _PLAIN or kind in _OF_FRONT_END or _is_dynamic(kind) or kind == _ROWS
 
@@ -97,7 +99,22 @@ def named_values(schema: Mapping[str, Any], values: Any) -> dict[str, Any]:
 
     for name, spec in inputs.items():
         take(name, spec)
+    if schema.get("name") in _VIEWERS:
+        del left[:1]
+    if schema.get("name") == _CUSTOM_COMBO:
+        options = left[1:] if left and not isinstance(left[0], str) else left  # older front ends keep no index
+        found |= {f"option{number}": option for number, option in enumerate(options, 1)}
+        left = []
     uploads = any(options_of(spec).get(kind) for spec in inputs.values() for kind in _UPLOADS)
     if left and not uploads and any(map(_is_widget, inputs.values())):
         raise WidgetError(f"the file has {given} values for it, {len(left)} more than the server's version takes")
     return found
+
+
+def sent_inputs(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` of a node of that class, with what the front end works out when it sends them."""
+    if kind != _CUSTOM_COMBO or isinstance(inputs.get("choice"), list):
+        return inputs
+    options = [value for name, value in inputs.items() if name.startswith("option")]
+    choice = inputs.get("choice")
+    return {**inputs, "index": options.index(choice) if choice in options else -1}

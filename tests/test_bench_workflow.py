@@ -226,6 +226,30 @@ def test_a_choice_brings_inputs_of_its_own_and_what_a_file_lacks_has_its_default
         named_values(schema, ["c"])
 
 
+def test_values_that_the_front_end_adds_are_left_out_or_named():
+    mesh = {**known([], True, mesh=MODEL, prefix=["STRING", {}]), "name": "SaveGLB"}
+    assert named_values(mesh, ["3d/x", ""]) == named_values(mesh, ["3d/x"]) == {"prefix": "3d/x"}
+    with pytest.raises(WidgetError, match="1 more"):
+        named_values(mesh, ["3d/x", "", ""])
+    boxes = known([], editor=["BOUNDING_BOXES", {"socketless": False}], last=["BOUNDING_BOXES", {"socketless": True}])
+    assert named_values(boxes, [[1], [2]]) == {"editor": [1], "last": [2]}
+    info = {"CustomCombo": {**known(["STRING", "INT"], choice=["COMBO", {"options": []}]), "name": "CustomCombo"}}
+    for values, index in ((["b", 0, "a", "b", ""], 1), (["b", "a", "b", ""], 1), (["c", 0, "a"], -1)):
+        (node,) = to_api({"nodes": [ui(1, "CustomCombo", values)], "links": []}, info).values()
+        options = values[2:] if isinstance(values[1], int) else values[1:]
+        shown = {f"option{number}": option for number, option in enumerate(options, 1)}
+        assert node["inputs"] == {"choice": values[0], "index": index, **shown}
+
+
+def test_a_link_from_outside_where_nothing_is_outside_and_numbers_without_end():
+    lost = chain(0)
+    lost["links"][0] = [1, -10, 0, 2, 0, "MODEL"]
+    assert "model" not in sent(lost)["2"]
+    lost["links"][0] = [1, 1, float("inf"), 2, 0, "MODEL"]
+    with pytest.raises(WorkflowError, match="damaged"):
+        to_api(lost, INFO)
+
+
 # Settings.
 
 

@@ -7,10 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
+from comfyui_attune.attention import guard
 from comfyui_attune.attention.kernel import machine_reasons
 from comfyui_attune.attention.machine import (
     CPU,
@@ -32,6 +36,7 @@ from comfyui_attune.doctor.probe import without_trying
 from comfyui_attune.doctor.quarantine import store as quarantine
 from comfyui_attune.doctor.report import Report, as_json, as_text, scrub
 from comfyui_attune.doctor.speeds import PUBLISHED
+from comfyui_attune.host.remembered import remember
 from comfyui_attune.kernels import KERNELS
 from support.loading import ROOT
 
@@ -328,6 +333,13 @@ SECRETS = [
     ('{"api_key": "abc123"}', '{"<removed>"}'),
     ("mail alice@example.org", "mail <address>"),
     ("/srv/people/alice/x and /srv/people/alicent", "<home>/x and /srv/people/alicent"),
+    ("/mnt/c/srv/people/alice/x", "/mnt/c/srv/people/<name>/x"),
+    (r"C:\Users\Bob van Dam\ComfyUI\x.py is there", r"<home>\ComfyUI\x.py is there"),
+    (r"C:\Users\bob or D:\x", r"<home> or D:\x"),
+    (r"in '\\nas\bob\models\x'", r"in '<share>\models\x'"),
+    (r"\\nas.corp\home\bob\x and \\?\UNC\nas\bob\x", r"<share><home>\x and <share>\x"),
+    (r"\\?\C:\Users\bob\x", r"\\?\<home>\x"),
+    ("c:\\\\models (new)\\\\alice\\\\x", "c:\\\\models (new)\\\\<name>\\\\x"),
     ("malice and flash_attn 2.8.3+cu128 in /usr/lib/python3", "malice and flash_attn 2.8.3+cu128 in /usr/lib/python3"),
 ]  # fmt: skip
 
@@ -336,6 +348,51 @@ SECRETS = [
 def test_a_bundle_says_nothing_about_its_user(text, wanted):
     assert scrub(text, ["/srv/people/alice"], ["alice-pc", "alice"]) == wanted
     assert scrub({"a": [text, 1, None]}, ["/srv/people/alice"], ["alice-pc", "alice"]) == {"a": [wanted, 1, None]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("al", r"value al, /data/al/x, D:\al\x, final /al", r"value al, /data/<name>/x, D:\<name>\x, final /<name>"),
+        ("home", "a home in /home/bob/x", "a <name> in <home>/x"),
+        ("val", "value of val in /data/value/val", "value of <name> in /data/value/<name>"),
+        ("李明", "模型在李明的文件夹/李明PC", "模型在<name>的文件夹/<name>PC"),
+        ("иван", "диван /data/иван/x", "диван /data/<name>/x"),
+        ("noé", "noémie and NOÉ", "noémie and <name>"),
+        ("a.b", "axb a.b", "axb <name>"),
+        ("c", "c:/x and cuda /data/c/x", "c:/x and cuda /data/<name>/x"),
+    ],
+)  # fmt: skip
+def test_a_name_is_taken_out_of_paths_and_where_it_is_a_word(name, text, wanted):
+    assert scrub(text, [], [name]) == wanted
+
+
+def test_keys_stay_and_what_they_call_a_secret_goes():
+    data = {"kernel": "kernel", "TORCH_API_KEY": "plain", "min_tokens": 3, "environment": {"X_PASSWORD": "abc"}}
+    wanted = {"kernel": "<name>", "TORCH_API_KEY": "<removed>", "min_tokens": 3}
+    assert scrub(data, [], ["kernel"]) == {**wanted, "environment": {"X_PASSWORD": "<removed>"}}
+
+
+NAME = strategies.text("abcxyzäß李明иЯ019", min_size=1, max_size=8).filter(lambda name: name.casefold() != "x")
+
+
+@hypothesis.given(name=NAME, before=NAME, after=NAME, slash=strategies.sampled_from(["/", "\\", "\\\\"]))
+def test_whatever_the_name_no_part_of_a_path_has_it_and_no_word_is_cut(name, before, after, slash):
+    path = slash.join(["D:", before, name, after, "x.py"])
+    for text in (path, f"in '{path}'", f"{path}: no such file"):
+        parts = re.split(r"[\\/\s':]+", scrub(text, [], [name]))
+        assert name not in parts and "x.py" in parts
+    told = scrub({name: f"x{name}x"}, [], [name])
+    assert list(told) == [name]
+    if all(letter < "\u2e80" for letter in name):
+        assert told[name] == f"x{name}x", "a part of a word is no name"
+
+
+@pytest.mark.parametrize("name", ["root", "ComfyUI"])
+def test_names_that_say_nothing_about_anyone_stay(name, monkeypatch):
+    monkeypatch.setenv("USER", name)
+    monkeypatch.setenv("HOME", "/srv/someone/")
+    assert scrub(f"{name}'s own, /srv/someone/x") == f"{name}'s own, <home>/x"
 
 
 # The command
@@ -382,3 +439,24 @@ def test_the_command_is_right_about_this_machine_and_asks_nothing_twice(tmp_path
 def test_an_unknown_device_is_named(tmp_path):
     done = attune("--device", "cuda:7", home=tmp_path)
     assert done.returncode == 2 and "unknown device 'cuda:7'" in done.stderr
+
+
+def test_the_command_tells_which_kernels_failed_in_a_model(tmp_path):
+    here, bundle = read_machine(), tmp_path / "bundle.json"
+    math, split = (
+        guard.Finding(name, guard.Place(1, "self", 64, 64, 2, 64, "float16"), "gave NaN")
+        for name in ("sdpa_math", "split")
+    )
+    for model in ("one", "two"):
+        remember(tmp_path, model, [math], BY_NAME, here)
+    remember(tmp_path, "one", [split], BY_NAME, replace(here, torch="1.0"))  # of another PyTorch: it holds no more
+    done = attune("--json", "--bundle", str(bundle), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = "sdpa_math: gave NaN in 2 models sampled here, and is not used there any more"
+    for remarks in (json.loads(done.stdout)["remarks"], json.loads(bundle.read_text("utf-8"))["remarks"]):
+        (said,) = (one for one in remarks if one.startswith(("sdpa_math: ", "split: ")))
+        assert said.startswith(wanted) and "`attune cache clear --verdicts`" in said
+    assert wanted in attune(home=tmp_path).stdout
+    (tmp_path / "failures.json").write_text("{", "utf-8")
+    done = attune(home=tmp_path)
+    assert done.returncode == 0 and "in 2 models" not in done.stdout and "failures.json.unreadable" in done.stderr

@@ -194,3 +194,11 @@ def test_the_manager_finds_every_node_by_scanning_the_source():
                 found[item.name] = ids
     assert found and all(ids == [name] for name, ids in found.items()), found
     assert set(found) >= {"AttentionSelector", "SDPAForce", "Sage3Switch", "AttentionRule"}
+
+
+def test_the_version_is_the_same_in_both_places():
+    """The registry and ComfyUI Manager read it from pyproject.toml, and take no dynamic one."""
+    import comfyui_attune
+
+    (told,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert told == comfyui_attune.__version__

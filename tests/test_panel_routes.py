@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import comfyui_attune
 from comfyui_attune.kernels import KERNELS
 from comfyui_attune.measure.run_cells import step_cells
 from comfyui_attune.measure.run_text import read_run
@@ -59,7 +60,7 @@ def run(server):
 
 def test_the_machine_in_four_lines(server):
     found = read(server, "/attune/machine")
-    assert found["version"] and found["comfyui"] and found["off"] is False
+    assert found["version"] == comfyui_attune.__version__ and found["comfyui"] and found["off"] is False
     device, versions, own, default = found["lines"]
     assert device.startswith("cpu: ") and f"PyTorch {torch.__version__}" in versions
     assert own.startswith("ComfyUI's own attention: ") and default.startswith("Without a node: ComfyUI's own")

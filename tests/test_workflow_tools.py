@@ -14,9 +14,9 @@ from hypothesis import strategies
 from comfyui_attune import cli
 from comfyui_attune.graphs import kinds, text
 from comfyui_attune.graphs.book import Book
-from comfyui_attune.graphs.edit import insert, remove
+from comfyui_attune.graphs.edit import MARK, insert, remove
 from support.loading import ROOT
-from support.workflows import BYPASSED, NAMES, nodes_of, read, set_mode
+from support.workflows import NAMES, nodes_of, read, set_mode
 
 OURS = {"AttentionSelector", "Sage3Switch"}
 
@@ -169,7 +169,11 @@ def test_the_style_of_a_file_stays(indent, ascii_only):
 
 
 JSON = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats(allow_nan=False, allow_infinity=False)
+    | strategies.text(),
     lambda inner: strategies.lists(inner, max_size=4) | strategies.dictionaries(strategies.text(), inner, max_size=4),
     max_leaves=20,
 )
@@ -501,20 +505,64 @@ def test_new_nodes_lie_on_nothing(attune):
 # bypass and enable.
 
 
-def test_bypass_and_enable(attune):
+def modes(flow: dict) -> dict[int, int]:
+    return {node["id"]: node["mode"] for node in flow["nodes"] if node["type"] in OURS}
+
+
+def test_enable_gives_back_what_bypass_took_and_no_more(attune):
     flow = read("wan2.2_i2v_14b")
     status, said, after = attune(flow, "bypass")
-    assert status == 0 and after == set_mode(flow, BYPASSED, OURS) and "bypassed already" in said
-    _, _, after = attune(after, "enable", "--type", "AttentionSelector")
+    assert status == 0 and set(modes(after).values()) == {4} and said.count("bypassed already") == 2
+    assert {node["id"] for node in after["nodes"] if node["properties"].get("attune_bypassed")} == {115, 116}
+    assert attune(after, "bypass")[2] == after
+    status, said, back = attune(after, "enable")
+    assert status == 0 and json.dumps(back) == json.dumps(flow)
+    assert said.count("was bypassed before the others and stays so; `attune workflow enable --id 11") == 2
+    _, _, everything = attune(flow, "enable")  # none is marked: the user's own ones are meant
+    assert modes(everything) == {115: 0, 116: 0, 117: 0, 118: 0}
+    _, _, after = attune(
+        attune(flow, "bypass", "--type", "AttentionSelector")[2], "enable", "--type", "AttentionSelector"
+    )
     assert after == flow
+
+
+def test_a_node_that_is_named_is_enabled_and_bypassed_for_itself(attune):
+    flow = read("wan2.2_i2v_14b")
     _, _, after = attune(flow, "enable", "--id", "117")
-    assert {node["id"]: node["mode"] for node in after["nodes"] if node["type"] in OURS} == {
-        115: 0, 116: 0, 117: 0, 118: 4
-    }  # fmt: skip
+    assert modes(after) == {115: 0, 116: 0, 117: 0, 118: 4}
     _, _, after = attune(flow, "bypass", "--type", "AttentionSelector", "--id", "116")
-    assert [node["id"] for node in after["nodes"] if node["type"] == "AttentionSelector" and node["mode"]] == [116]
-    status, said, after = attune(flow, "enable", "--id", "91", "--id", "92")
+    assert modes(after) == {115: 0, 116: 4, 117: 4, 118: 4}
+    _, _, after = attune(attune(after, "bypass")[2], "enable")
+    assert modes(after) == {115: 0, 116: 4, 117: 4, 118: 4}, "116 was bypassed by name before"
+    _, _, after = attune(flow, "enable", "--id", "91", "--id", "92")
     assert {node["mode"] for node in after["nodes"] if node["id"] in (91, 92)} == {0}
+    one = attune(attune(flow, "bypass")[2], "enable", "--id", "117")[2]
+    assert modes(one) == {115: 4, 116: 4, 117: 0, 118: 4}
+    assert modes(attune(one, "enable")[2]) == {115: 0, 116: 0, 117: 0, 118: 4}
+
+
+def test_muted_nodes_stay_muted_unless_they_are_named(attune):
+    flow = set_mode(read("wan2.2_i2v_14b"), 2, {117})
+    assert "Sage3Switch (117, 'High noise: Sage3 Switch') [muted]" in attune(flow, "show")[1]
+    for action in ("bypass", "enable"):
+        for options in ([], ["--type", "Sage3Switch"]):
+            _, said, after = attune(flow, action, *options)
+            assert modes(after)[117] == 2 and "is muted and stays so; `attune workflow enable --id 117`" in said
+    assert modes(attune(flow, "bypass", "--id", "117")[2])[117] == 2
+    assert modes(attune(flow, "enable", "--id", "117")[2])[117] == 0
+
+
+@pytest.mark.parametrize("properties", [None, [], "x"])
+def test_a_node_without_properties_is_bypassed_as_well(attune, properties):
+    flow = workflow([loader(1, [1]), patch(2, 1, [2], "SDPAForce", properties=properties), sampler(3, 2)],
+                    [link(1, 1, 2), link(2, 2, 3)])  # fmt: skip
+    _, _, after = attune(flow, "bypass")
+    assert nodes_of(after)[2]["mode"] == 4
+    assert nodes_of(attune(after, "enable")[2])[2]["mode"] == 0
+
+
+def test_the_panel_has_the_same_mark():
+    assert f'const MARK = "{MARK}"' in (ROOT / "web" / "panel" / "nodes.js").read_text("utf-8")
 
 
 def test_an_id_inside_a_subgraph(attune):

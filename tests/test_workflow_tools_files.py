@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 import zlib
@@ -166,6 +167,72 @@ def test_a_text_that_unpacks_to_gigabytes(refused, monkeypatch):
     assert "larger than" in said
 
 
+def test_texts_that_nobody_asked_for_are_not_unpacked(refused, monkeypatch):
+    unpacked = []
+    monkeypatch.setattr("comfyui_attune.graphs.media._inflate", lambda data: unpacked.append(data) or b"{")
+    zipped = [chunk(b"zTXt", name + b"\0\0x") for name in (b"Software", b"workflow", b"workflow", b"Comment2")]
+    refused(b"\x89PNG\r\n\x1a\n" + b"".join(zipped) + chunk(b"IEND", b""), "a.png", actions=ACTIONS[:1])
+    assert len(unpacked) == 1
+
+
+def test_a_picture_that_names_its_text_a_thousand_times(refused):
+    entries = b"".join(struct.pack("<HHII", 0x10F, 2, 40_000_000, 8) for _ in range(60_000))
+    exif = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 60_000) + entries + b"x" * 20_000_000
+    webp = b"WEBP" + b"EXIF" + struct.pack("<I", len(exif)) + exif
+    assert "WebP" in refused(b"RIFF" + struct.pack("<I", len(webp)) + webp, "a.webp", actions=ACTIONS[:1])
+
+
+def test_what_a_terminal_obeys_is_not_printed(tmp_path, capsys):
+    flow = json.loads(json.dumps(FLOW).replace('"KSamplerAdvanced"', '"K\\u001b[2J\\n\\u202eS"'))
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(flow), "utf-8")
+    assert cli.main(["workflow", "show", str(path)]) == 0
+    assert "K\\x1b[2J\\n\\u202eS (57" in capsys.readouterr().out
+    flow["nodes"].append(flow["nodes"][0] | {"id": "\x1b[2J\n"})
+    flow["nodes"].append(flow["nodes"][-1])
+    path.write_text(json.dumps(flow), "utf-8")
+    assert cli.main(["workflow", "show", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\n") == 1
+
+
+def test_nan_in_a_picture_is_what_the_front_end_takes_it_for(tmp_path, capsys):
+    text = json.dumps(FLOW).replace('"version": 0.4', '"version": NaN')
+    path, out = tmp_path / "a.png", tmp_path / "out.json"
+    head = b"\x89PNG\r\n\x1a\n"
+    path.write_bytes(head + chunk(b"tEXt", b"workflow\0" + text.encode()) + chunk(b"IEND", b""))
+    assert cli.main(["workflow", "bypass", str(path), "-o", str(out)]) == 0
+    assert json.loads(out.read_text("utf-8"))["version"] is None
+    assert cli.main(["workflow", "show", str(out)]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "flow.json")
+    assert cli.main(["workflow", "show", str(tmp_path / "flow.json")]) == 2
+    assert "a pipe or a device" in capsys.readouterr().err
+
+
+def test_links_to_a_workflow_are_followed_and_stay(tmp_path, capsys):
+    folder, name = tmp_path / "real", "flow.json"
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(FLOW), "utf-8")
+    for link, target in (("link.json", folder / name), ("loop.json", "loop.json"), ("lost.json", "nowhere.json")):
+        try:
+            (tmp_path / link).symlink_to(target)
+        except OSError:
+            pytest.skip("this system lets users make no links")
+    assert cli.main(["workflow", "bypass", str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((folder / name).read_text("utf-8")) != FLOW
+    assert sorted(one.name for one in folder.iterdir()) == [name, f"{name}.bak"]
+    capsys.readouterr()
+    for link in ("loop.json", "lost.json"):
+        for action in ACTIONS:
+            assert cli.main(["workflow", action[0], str(tmp_path / link), *action[1:]]) == 2
+            said = capsys.readouterr().err
+            assert link in said and said.count("\n") == 1
+
+
 def test_a_picture_without_a_workflow(refused):
     said = refused(b"\x89PNG\r\n\x1a\n" + chunk(b"IEND", b""), "a.png")
     assert "PNG" in said and "--disable-metadata" in said
@@ -179,7 +246,13 @@ def test_a_picture_without_a_workflow(refused):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "no JSON"),
+        ("", "is empty"),
+        (" \n", "is empty"),
+        (json.dumps(FLOW).replace('"version": 0.4', '"version": NaN'), "NaN is no number of JSON"),
+        (json.dumps(FLOW).replace('"version": 0.4', '"version": -Infinity'), "-Infinity is no number of JSON"),
+        (json.dumps(FLOW).encode("utf-16"), "UTF-8"),
+        ('{"nodes": {"1": {"id": 1, "type": "X"}}, "links": []}', "found an object with nodes, links"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "inside each other"),
         ("{", "cut off"),
         (json.dumps(FLOW)[:5000], "cut off"),
         ("null", "null"),
@@ -263,6 +336,7 @@ DAMAGED = {
     "a mode of another kind": (graph([one(1, mode="x")], []), "mode of node 1"),
     "a link of another length": (graph([one(1)], [[1, 2]]), "neither a list of six nor an object"),
     "a link without numbers": (graph([one(1)], [[1, None, 0, 1, 0, "MODEL"]]), "link 1 says"),
+    "too many links": (graph([one(1)], [[n, 1, 0, 2, 0, "X"] for n in range(50_001)]), "too large"),
     "too many nodes": (graph([one(n) for n in range(checks.MOST_NODES + 1)], []), "too large"),
 }  # fmt: skip
 
@@ -280,9 +354,10 @@ def test_damaged_workflows_in_api_format(refused):
         "1": {"class_type": "A", "inputs": {"model": ["2", 0]}},
         "2": {"class_type": "B", "inputs": {"x": ["1", 0]}},
     }
-    said = refused(json.dumps(circle), actions=ACTIONS[:4])
+    actions = [*ACTIONS[:4], ACTIONS[-1]]
+    said = refused(json.dumps(circle), actions=actions)
     assert "run in a circle" in said
-    said = refused(json.dumps({"1": {"class_type": "A", "inputs": {"model": ["7", 0]}}}), actions=ACTIONS[:4])
+    said = refused(json.dumps({"1": {"class_type": "A", "inputs": {"model": ["7", 0]}}}), actions=actions)
     assert "node 7" in said
 
 
@@ -340,8 +415,29 @@ def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("comfyui_attune.measure.bench_file.os.replace", full)
-    assert cli.main(["workflow", "bypass", str(path), "--no-backup"]) == 2
-    assert "No space left" in capsys.readouterr().err
+    for options in (["--no-backup"], [], ["-o", str(path)]):
+        assert cli.main(["workflow", "bypass", str(path), *options]) == 2
+        assert "No space left" in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["flow.json"] and json.loads(path.read_text("utf-8")) == FLOW
+
+
+def test_a_file_that_is_write_protected_and_a_folder_that_nothing_can_be_written_to(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(FLOW), "utf-8")
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("comfyui_attune.graphs.files.shutil.copy2", forbidden)
+        assert cli.main(["workflow", "bypass", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "cannot be written (Permission denied); nothing was changed. Wanted: a folder" in said and "flow.json " in said
+    )
+    monkeypatch.setattr("comfyui_attune.graphs.files.os.access", lambda *_: False)
+    assert cli.main(["workflow", "bypass", str(path)]) == 2
+    assert "is write-protected, and is as it was" in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["flow.json"] and json.loads(path.read_text("utf-8")) == FLOW
 
 
