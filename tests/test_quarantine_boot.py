@@ -75,7 +75,7 @@ ENDS = {
     "os exit": "exit code 1",
     "segfault": "exit code -11" if os.name != "nt" else "exit code",
     "missing module": f"exit code (1|{MINUS_1})",
-    "signature": "exit code 1; .*native function",
+    "signature": "exit code 1; .*(native function|invalid signature)",
     "loop": "did not answer within",
 }
 
