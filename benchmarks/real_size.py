@@ -8,10 +8,10 @@ of 128, bfloat16, one conditioning, euler. ComfyUI: COMFYUI_PATH, or what `pytho
 are proved first, as in ComfyUI. Each samples `--steps` steps from the same noise, `auto` and `auto_fast` again until
 nothing is left to measure. A row has
   seconds_per_step   the median of the steps but the first, each waited for; over_host: that over the time of `host`, so
-                     that of `sdpa` is what routing costs, where `host` is PyTorch's own attention too
+                     that of `host, routed` is what routing costs, and that of `host, again` what the machine drifts
   first_step_s       with what comes before it: loading, and under torch.compile compiling
   guard_ms           on the device, in the guard: of the first forward, which compares every call, and of a later one
-  peak_gib           the most that torch had allocated, the model's 27 GiB with it; of `auto` also that of `host` before
+  peak_gib           the most that torch had allocated, the model's 27 GiB with it; of `auto` also that of rows before
   error              relative L2 of the first forward's output against that of --exact; latent_error: of the result,
                      against that of `host`
   observed           calls by the kernel that ran them, of forwards that counted; where none ran on the kernel asked for
@@ -47,7 +47,9 @@ MODEL = {"blocks": 40, "dim": 5120, "ffn_dim": 13_824, "text_dim": 4096}
 DRY_SIZE, DRY_MODEL = (64, 64, 5), {"blocks": 2, "dim": 256, "ffn_dim": 512, "text_dim": 64}
 DRY = "no GPU, a dry run"
 KERNELS = "host,auto,auto_fast,sdpa,sdpa_cudnn,attune_int8"
-AUTO_RUNS = 8  # what is not measured by then says so
+ROUTED = "host, routed"
+AUTO_RUNS = 8
+AUTO_SECONDS = 60.0  # of measuring, as if hours had been sampled: one percent of these runs is too little for one call
 
 
 def mark() -> Any:
@@ -151,7 +153,8 @@ def account(name: str) -> tuple[dict[str, Any], bool]:
     refused = list(dict.fromkeys(f"{kernel}: {'; '.join(reasons)}" for kernel, reasons in node.refused))
     fields = {"observed": observed, "repeated": record.repeated, "refused": refused, "notes": record.notes}
     fields["measuring_s"] = record.measuring
-    return fields, name.startswith("auto") or bool({name, *FAMILIES.get(name, ())} & observed.keys())
+    wanted = {"host"} if name == ROUTED else {name, *FAMILIES.get(name, ())}
+    return fields, name.startswith("auto") or bool(wanted & observed.keys())
 
 
 class Table:
@@ -198,6 +201,7 @@ class Table:
 def measure(options: argparse.Namespace, sampling: Sampling, save: Callable[[list[Any]], None]) -> None:
     """A row per kernel, and per kernel under torch.compile."""
     from comfyui_attune.attention.policy import Rule
+    from comfyui_attune.host import process
     from comfyui_attune.host.comfyui import attach
 
     def on(name: str) -> Any:
@@ -211,14 +215,17 @@ def measure(options: argparse.Namespace, sampling: Sampling, save: Callable[[lis
         raise SystemExit(f"{options.exact} did not run, choose another --exact. Why: {fields['refused']}")
     table = Table(sampling, options.steps, exact, save)
     table.add("host", "host", on("host"))
+    table.add(ROUTED, ROUTED, attach(sampling.model, Rule(("host",), source="1")))
     # `auto` and `auto_fast` first: they measure in the memory below the peak so far, and that of `host` stays.
     for name in sorted(names, key=lambda name: not name.startswith("auto")):
         if not name.startswith("auto"):
             table.add(name, name, on(name))
             continue
+        process.MEASURED.timings.allowance = AUTO_SECONDS
         for number in range(AUTO_RUNS):
             if not table.add(f"{name}, run {number + 1}", name, on(name), fresh_peak=False).get("measuring_s"):
                 break
+    table.add("host, again", "host", on("host"))
     for name in filter(None, options.compile.split(",")):
         table.add(f"{name}, compiled", name, compiled(on(name), options.dry))
 

@@ -38,7 +38,7 @@ def random_wan(dtype: torch.dtype, device: str = "cpu", *, blocks: int, dim: int
         if name.endswith(("norm_q.weight", "norm_k.weight")):
             return torch.ones(shape, dtype=dtype)
         size = 0.02 if len(shape) < 2 else shape[1:].numel() ** -0.5
-        return (torch.randn(shape, generator=random, device=device) * size).to("cpu", dtype)
+        return (torch.randn(shape, generator=random, device=device) * size).to(dtype).cpu()
 
     state = {name: weight(name, old.shape) for name, old in net.state_dict().items()}
     about = {"config": json.dumps({"transformer": {"text_dim": text_dim}})}

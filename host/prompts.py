@@ -43,6 +43,13 @@ def last_prompt() -> dict[str, Any] | None:
     from the host's cache. `default`: the kernel that the environment names for models without a node, or "".
     Benchmarks of the panel do not count.
     """
+    try:
+        return _last_prompt()
+    except (AttributeError, IndexError, KeyError, TypeError):  # another pack's queue, or its entries in the history
+        return None
+
+
+def _last_prompt() -> dict[str, Any] | None:
     queue = getattr(server_instance(), "prompt_queue", None)
     if queue is None:
         return None

@@ -29,6 +29,19 @@ _WATCHING: ContextVar[bool] = ContextVar("attune_watching", default=False)
 _ROUTED: ContextVar[bool] = ContextVar("attune_routed", default=False)  # in a call of ours: kernels call SDPA, too
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes of SDPA's inputs on this kind of device; None where it does nothing."""
+    try:
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    except RuntimeError:  # a kind of device that autocast does not know, as "meta"
+        return None
+
+
+def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As autocast does it: integers, booleans and float64 stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype is not torch.float64 else tensor
+
+
 def _route(
     original: Callable[[], torch.Tensor],
     q: torch.Tensor,
@@ -44,29 +57,27 @@ def _route(
 
     joined: the result is (B, N, H·D) instead of (B, H, N, D). `arguments` are the call's others, as SDPA names them.
     """
-    precision = torch.float32 if fp32_scores else None
-    if is_compiling():
+    forward = None if is_compiling() else CURRENT.get()
+    if not is_compiling() and (forward is None or forward.router is None):
+        return original()
+    device, precision = q.device.type, torch.float32 if fp32_scores else None
+    if (narrow := _autocast_dtype(device)) is not None:
+        # SDPA is among the operators that autocast narrows, other kernels are not; nor may what they compute be.
+        q, k, v = (_narrowed(t, narrow) for t in (q, k, v))
+        mask = None if mask is None else _narrowed(mask, narrow)
+    if forward is None or forward.router is None:  # in a graph
         if set(arguments) - {"scale", "enable_gqa"}:
             return original()
         heads = q.shape[1]
         return traced_attention(plain_attention, q, k, v, heads, mask, precision, True, not joined, **arguments)
-    forward = CURRENT.get()
-    if forward is None or forward.router is None:
-        return original()
-    device = q.device.type
-    if autocast := torch.is_autocast_enabled(device):
-        # SDPA is among the operators that autocast narrows, other kernels are not; nor may what they compute be.
-        narrow = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(narrow) if t.is_floating_point() else t for t in (q, k, v))
-        mask = mask.to(narrow) if mask is not None and mask.is_floating_point() else mask
 
     def host(*_given: Any, **_more: Any) -> torch.Tensor:
-        with torch.autocast(device, narrow) if autocast else nullcontext():
+        with torch.autocast(device, narrow) if narrow is not None else nullcontext():
             return original()
 
     options, token = PLACE.get(), _ROUTED.set(True)
     try:
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        with torch.autocast(device, enabled=False) if narrow is not None else nullcontext():
             return forward.router(
                 host,
                 q,

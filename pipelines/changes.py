@@ -86,7 +86,7 @@ def _restore(names: dict[str, Any], name: str, before: Any) -> None:
 
 def _kept(thing: Any) -> _Kept | None:
     found = vars(thing).get(_KEPT)
-    # A shallow copy of an object has its dictionary.
+    # A copy of its dictionary alone, as DataParallel makes it, has this too.
     return found if isinstance(found, _Kept) and found.thing() is thing else None
 
 

@@ -100,7 +100,7 @@ class Handle:
             return
         heir._standing.notes[_HEIR] = None
         heir.runs, heir._heirs = self.runs, self._heirs
-        self._heirs.append(weakref.ref(heir))
+        self._heirs[:] = [*(one for one in self._heirs if one() is not None), weakref.ref(heir)]  # theirs as well
 
     def _leave(self) -> None:
         standing, self._standing = self._standing, None

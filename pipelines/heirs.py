@@ -33,7 +33,7 @@ def watch(user: Any) -> None:
 
         @functools.wraps(original)
         def register(self: Any, *args: Any, **kwargs: Any) -> None:
-            fresh = not any(isinstance(one, torch.nn.Module) for one in vars(self).values())
+            fresh = not _shared({name: one for name, one in vars(self).items() if isinstance(one, torch.nn.Module)})
             original(self, *args, **kwargs)
             if fresh:
                 _adopt(self)

@@ -10,6 +10,7 @@ import torch
 
 import comfyui_attune as attune
 from comfyui_attune.attention.policy import BlockRange, Policy, Rule
+from comfyui_attune.pipelines import calls
 from support.pipes import OneModule, forbidden, nothing_remembered, objects_of, state
 
 if importlib.util.find_spec("diffusers") is None:
@@ -48,6 +49,21 @@ def test_under_autocast_a_kernel_computes_as_it_does_without(kernel, processor):
             data = handle.data()[0]
     assert data["observed"] == {kernel: 17} and not data["events"]
     assert found.dtype is before.dtype and torch.allclose(found.float(), before.float(), atol=0.05)
+
+
+@pytest.mark.parametrize("others", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_compiled_call_takes_and_gives_what_sdpa_does(others):
+    """Norms of q and k may give float32 there; SDPA narrows what autocast narrows, and float64 stays."""
+    q, k = torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8, dtype=others)
+
+    def attend(q, k, v):
+        return calls.sdpa(q, k, v)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        found = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, k)
+        assert attend(q.double(), q.double(), q.double()).dtype is torch.float64
+    assert found.dtype is wanted.dtype is torch.bfloat16 and torch.allclose(found, wanted, atol=0.02)
 
 
 def test_slices_of_a_batch_are_routed():

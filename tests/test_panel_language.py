@@ -121,7 +121,7 @@ def test_causes_cures_and_what_happened_in_a_run_come_in_chinese(panel):
         panel.page.get_by_text("未安装，或不适用于本机（2）").click()
         table = panel.section("kernels").inner_text()
         for words in ("能运行，但结果错误", "原因未知。", "未安装它的软件包。", "请安装适合这里的版本：",
-                      "需要 sm90，此 GPU 是 sm120", "安装什么都改变不了这一点。",
+                      "需要 sm90，此 GPU 是 sm120", "无法通过安装解决。",
                       "没有任何提示。 Somebody's own words, which nobody knows."):  # fmt: skip
             assert words in table, words
         log = panel.section("live").get_by_role("log").inner_text()
@@ -144,11 +144,30 @@ def test_sentences_are_known_whole_or_in_parts_and_the_rest_stays(panel):
             learn({ ...places, "gave no": "无", "a.b (c)": "甲", x: "叉" });
             const found = ["1 gave x", "gave no", "a.b (c)", "aXb (c)", "y; x; z", "No. x", "One. Two.", "", "2 of x"];
             const told = found.map(said);
+            const remark = "{kernel}: {why} in {count} model{s} sampled here, and is not used there any more.";
+            learn({ [remark]: "甲{kernel}{count}{why}", "{kernel} gave NaN in {place}": "乙", "gave NaN": "丙" });
+            told.push(said("sage2: gave NaN in 2 models sampled here, and is not used there any more. Then this."));
+            const hostile = "k: w in 3 models ".repeat(1000), began = performance.now();
+            told.push(said(hostile) === hostile, performance.now() - began < 2000);
             learn({});
             return [...told, said("x")];
         }"""
     )
-    assert told == ["叉由1给出", "无", "甲", "aXb (c)", "y；叉；z", "No. x", "One. Two.", "", "叉之2", "x"]
+    assert told == [
+        "叉由1给出",
+        "无",
+        "甲",
+        "aXb (c)",
+        "y；叉；z",
+        "No. x",
+        "One. Two.",
+        "",
+        "叉之2",
+        "甲sage22丙 Then this.",
+        True,
+        True,
+        "x",
+    ]
 
 
 def test_the_help_panel_shows_a_nodes_page_in_the_language(panel):

@@ -2,7 +2,8 @@
 // them under "attune_said" in its `main.json`, with `{name}` for what varies. What is not there stays English.
 
 const KEPT = 1000;
-const VALUE = "((?:(?!; ).)*?)"; // "; " stands between sentences
+const LONGEST = 1000; // letters of what is looked up: what an error says of itself is no sentence of ours
+const VALUE = "((?:(?!; |\\. [A-Z'`]).)*?)"; // what ends a sentence is in no value
 
 /** @type {{pattern: RegExp, names: string[], words: string}[]} those with the most words of their own first */
 let sentences = [];
@@ -45,7 +46,7 @@ export function said(text) {
   const before = known.get(text);
   if (before !== undefined) return before;
   const told =
-    whole(text) ??
+    (text.length > LONGEST ? undefined : whole(text)) ??
     inParts(text, /(?<=\.) (?=[A-Z'`])/, " ") ??
     inParts(text, /; /, "；") ??
     inParts(text, /, /, "，") ??

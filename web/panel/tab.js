@@ -58,9 +58,10 @@ export class Tab {
   }
 
   async #open() {
+    const { signal } = this.#end;
     if (!this.#parts) await this.#build();
     const parts = this.#parts;
-    if (!parts || !this.#shown) return;
+    if (!parts || !this.#shown || signal.aborted) return;
     parts.live.wanted = this.#wanted;
     parts.live.mounted = true;
     this.#redraw();

@@ -172,9 +172,11 @@ export const ENGLISH = {
 /** @type {Record<string, string>} */
 let translated = {};
 
+const chosen = () => String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+
 /** Fetch the words of the language that ComfyUI is set to. English where there are none. */
 export async function chooseLanguage() {
-  const language = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+  const language = chosen();
   /** @type {Record<string, any>} */
   let words = {};
   try {
@@ -182,6 +184,7 @@ export async function chooseLanguage() {
   } catch {
     // English will do.
   }
+  if (language !== chosen()) return; // it was changed meanwhile: whoever asked for that has the words
   translated = words.attune ?? {};
   learn(words.attune_said ?? {});
 }
