@@ -81,7 +81,10 @@ class Session:
 
     def blame(self, finding: Finding, remembered: bool = False) -> None:
         """Never plan a kernel again for the calls it failed for. `remembered`: it did so in an earlier run."""
-        earlier = "in an earlier run with this model (`attune cache clear --verdicts` forgets it)"
+        earlier = (
+            "in an earlier run or stage of such a model ('Probe again' in ComfyUI's tab Attention gives it a new "
+            "chance, or `attune cache clear --verdicts`)"
+        )
         why = f"{finding.reason} {earlier}" if remembered else finding.reason
         kernels = self._blamed.setdefault(finding.place, {})
         if not remembered and finding.kernel not in kernels:

@@ -66,6 +66,9 @@ def percent(share: float) -> str:
     return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
+_SAID = {"demotion": "given up", "repeat": "repeated", "fallback": "fell back"}  # as the panel says it
+
+
 def events_text(run: dict[str, Any]) -> list[str]:
     """What did not go as planned, a line each: what, where first, how often. What differs by the place only is one."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -85,7 +88,9 @@ def events_text(run: dict[str, Any]) -> list[str]:
         if len(kinds := {event["call_kind"] for event in events if event["call_kind"]}) == 1:
             where.append(f"{kinds.pop()} attention")
         told = f" (first in {', '.join(where)})" if where else ""
-        lines.append(f"{first['kind']} ×{sum(event['count'] for event in events)}: {said}{told}")
+        lines.append(
+            f"{_SAID.get(first['kind'], first['kind'])} ×{sum(event['count'] for event in events)}: {said}{told}"
+        )
     return lines
 
 

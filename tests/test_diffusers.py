@@ -175,7 +175,7 @@ def test_what_failed_in_a_pipeline_is_remembered(monkeypatch):
             pipelines.result(pipe, call)
             data = handle.data()[0]
         assert bool(data["repeated"]) is not again
-    assert "in an earlier run with this model" in handle.report()
+    assert "in an earlier run or stage of such a model" in handle.report()
     made = len(calls)
     pipe, call = pipelines.sdxl()
     with attune.applied(pipe, "sage1"):

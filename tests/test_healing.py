@@ -209,7 +209,10 @@ def test_what_an_earlier_run_found_holds_from_the_start():
     assert kernel.blocks == [0, 0, 1, 1, 3, 3]
     refused = {reasons for (_, reasons) in later.record.nodes()["7"].refused}
     assert refused == {
-        ("gave NaN or infinity in an earlier run with this model (`attune cache clear --verdicts` forgets it)",)
+        (
+            "gave NaN or infinity in an earlier run or stage of such a model ('Probe again' in ComfyUI's"
+            " tab Attention gives it a new chance, or `attune cache clear --verdicts`)",
+        )
     }
 
 

@@ -107,7 +107,7 @@ def test_the_text_tells_where_what_ran_and_what_went_wrong():
     assert "step 2: host for self attention in blocks 0-3" in text
     assert "steps 3-4: sage3 for self attention in blocks 0-2; sdpa for self attention in block 3" in text
     assert "1 forward(s) were thrown away and done again" in text
-    assert re.search(r"demotion ×1: sage3 gave NaN or infinity \(first in step 2, block 3\)", text)
+    assert re.search(r"given up ×1: sage3 gave NaN or infinity \(first in step 2, block 3\)", text)
     assert re.search(r"sage3 +14 +4 +0\.04 / 0\.04", text)
     assert "Time was not measured: switch on time_calls on the Attention Selector" in text
     assert "32,760 tokens" in text and "RTX 5090" in text and "torch 2.11.0+cu130" in text
@@ -120,8 +120,8 @@ def test_a_kernel_that_is_given_up_in_many_blocks_is_one_line():
         text = f"sage3 {reason} in block {block}"
         run.record.event("demotion", text, kernel="sage3", block=block, call_kind="self", reason=reason)
         run.record.note(f"{text}; another kernel computes such calls")
-    lines = [line for line in runs_text([data_of(run)]).splitlines() if "demotion" in line]
-    assert lines == ["  demotion ×4: sage3 gave NaN or infinity (first in step 2, blocks 0-3, self attention)"]
+    lines = [line for line in runs_text([data_of(run)]).splitlines() if "given up" in line]
+    assert lines == ["  given up ×4: sage3 gave NaN or infinity (first in step 2, blocks 0-3, self attention)"]
     assert "Notes" not in runs_text([data_of(run)]), "it is not said twice"
 
 
@@ -238,7 +238,7 @@ def test_what_happened_stands_beside_the_map_and_is_marked_in_it():
     written = " ".join(item.text for item in sheet.items if isinstance(item, Letters))
     assert "WAN21 on NVIDIA GeForce RTX 5090" in written and "32,760 tokens" in written
     assert "sage3 ×14, host ×4, sdpa ×2" in written and "0.04 / 0.04" in written
-    assert "demotion ×1: sage3 gave NaN or infinity" in written
+    assert "given up ×1: sage3 gave NaN or infinity" in written
     marks = {item.sign: item for item in sheet.items if type(item).__name__ == "Mark"}
     (heat,) = (item for item in sheet.items if isinstance(item, Pixels))
     wide, high = heat.data.shape[1] / 5, heat.data.shape[0] / 4
