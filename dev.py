@@ -4,6 +4,7 @@
     python3 dev.py demo [--serve] [--port N] [--workflow FILE] [--break KIND]
     python3 dev.py test [--browser] [--no-comfyui] [--comfyui VERSION …] [--diffusers VERSION] [pytest arguments]
 
+`demo --serve` leaves ComfyUI running until Ctrl+C, with --break too: then the kernel that breaks can be chosen in it.
 Everything it makes lies in the git-ignored folders .venv and .cache of this checkout. It can be stopped and run again.
 The parts are in devtools/, loaded by path: the root of this checkout must never be on sys.path, because ComfyUI has
 a module named `nodes` of its own.

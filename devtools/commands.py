@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("dev.py", usage=USAGE, description="Set up this checkout, and try or test it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test")
     demo = commands.add_parser("demo", help="run a Wan 2.2 workflow with tiny models in a real ComfyUI")
-    demo.add_argument("--serve", action="store_true", help="leave the server up and print the address to open")
+    demo.add_argument(
+        "--serve", action="store_true", help="leave the server up, with --break too, and print what to open"
+    )
     demo.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
     demo.add_argument(
         "--break", dest="broken", choices=("nan", "inf", "error", "raise"), default="",

@@ -7,14 +7,13 @@ import urllib.error
 import uuid
 from pathlib import Path
 
-from . import CACHE, ROOT, comfyui, report
+from . import CACHE, ROOT, comfyui, report, small
 from .commands import set_up
 from .host import Host, require_port
 from .say import Bar, Stop, note, step
 from .shrink import shrink
 from .venv import Venv
 
-CPU_SIZE, CPU_LENGTH, CPU_STEPS = 64, 5, 2
 SCRIPTS = ROOT / "devtools" / "venv_scripts"
 DEVICE_PROBE = (
     "import torch as t; print(t.cuda.is_available() or t.xpu.is_available() or t.backends.mps.is_available())"
@@ -22,7 +21,10 @@ DEVICE_PROBE = (
 
 
 def demo(workflow: Path, port: int, serve: bool, broken: str = "") -> int:
-    """Run the demo; returns the exit code. `broken`: how a kernel is to go wrong half-way (broken.py). Raises Stop."""
+    """Run the demo; returns the exit code. Raises Stop.
+
+    serve: leave ComfyUI running until it is stopped. broken: how a kernel is to go wrong half-way (broken.py), or "".
+    """
     try:
         ui = json.loads(workflow.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -40,9 +42,10 @@ def demo(workflow: Path, port: int, serve: bool, broken: str = "") -> int:
     if broken:
         from .broken import broken_demo
 
-        return broken_demo(
-            broken, venv, ui, base, lambda env: Host(venv.python, folder, base, flags, port, env=env), on_cpu
-        )
+        def server(env: dict[str, str]) -> Host:
+            return Host(venv.python, folder, base, flags, port, env=env)
+
+        return broken_demo(broken, venv, ui, base, server, on_cpu, serve)
     host = Host(venv.python, folder, base, flags, port)
     step(f"Starting ComfyUI {'on the CPU ' if on_cpu else ''}at {host.url}")
     try:
@@ -55,10 +58,10 @@ def demo(workflow: Path, port: int, serve: bool, broken: str = "") -> int:
         report.calls(runs_of(host, history["prompt"][1]), prompt)
         report.video(history, base)
         if serve:
-            note(f"Open {host.url} - the workflow is under Templates, Extensions. Ctrl+C ends it.")
+            note(f"Open {host.url} and there {small.where(base, on_cpu)}. Ctrl+C ends it.")
         print("demo: ok", flush=True)
         if serve:
-            _wait_for_the_user(host)
+            wait_for_the_user(host)
     finally:
         host.stop()
     return 0
@@ -84,12 +87,14 @@ def script(venv: Venv, *command) -> str:
 
 
 def make_prompt(venv: Venv, host: Host, ui: dict, base: Path, on_cpu: bool) -> dict:
-    """The API prompt for the UI workflow, on a CPU with smaller sizes."""
+    """The API prompt for the UI workflow, on a CPU with smaller sizes, and then saved as small.save() does."""
     prompt = convert(venv, host, ui, base)
-    if on_cpu:
-        prompt, lowered = shrink(prompt, CPU_SIZE, CPU_LENGTH, CPU_STEPS)
-        note("lowered in the prompt for a CPU, the file stays as it is: " + ("; ".join(lowered) or "nothing"))
-    return prompt
+    if not on_cpu:
+        return prompt
+    lowered, said = shrink(prompt, small.CPU_SIZE, small.CPU_LENGTH, small.CPU_STEPS)
+    note("lowered in the prompt for a CPU, the file stays as it is: " + ("; ".join(said) or "nothing"))
+    small.save(base, ui, prompt, lowered)
+    return lowered
 
 
 def convert(venv: Venv, host: Host, ui: dict, base: Path) -> dict:
@@ -169,7 +174,8 @@ def runs_of(host: Host, prompt_id: str) -> list[dict]:
     return runs
 
 
-def _wait_for_the_user(host: Host) -> None:
+def wait_for_the_user(host: Host) -> None:
+    """Wait for Ctrl+C. Raises Stop when ComfyUI ends by itself."""
     try:
         code = host.process.wait()
     except KeyboardInterrupt:

@@ -104,11 +104,11 @@ def wrap(text: str, style: Style, width: float, measure: Measure) -> list[str]:
 
 
 def _short(command: str) -> str:
-    """A command without this machine's own paths, which make it long and name their user."""
+    """A command without this machine's own paths, which make it long and name their user; as the README has it."""
     python = sys.executable or "python"
     for long, short in ((f'"{python}"', "python"), (python, "python")):
         command = command.replace(long, short)
-    return re.sub(r'^python ("[^"]*"|\S*[\\/]\S*|ComfyUI-Attune) get ', "attune get ", command)
+    return re.sub(r'^python ("[^"]*"|\S*[\\/]\S*|ComfyUI-Attune) get ', "python custom_nodes/ComfyUI-Attune get ", command)
 
 
 def _notes(one: Diagnosis) -> list[tuple[str, Style]]:

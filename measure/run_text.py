@@ -78,7 +78,8 @@ def events_text(run: dict[str, Any]) -> list[str]:
     lines = []
     for events in groups.values():
         first = events[0]
-        said = first["text"] if len(events) == 1 else f"{first['kernel']} {first['reason']}"
+        alone = len(events) == 1 or not (first["kernel"] and first["reason"])
+        said = first["text"] if alone else f"{first['kernel']} {first['reason']}"
         if first["reason"] and first["reason"] not in said:
             said += f": {first['reason']}"
         blocks = [event["block"] for event in events if event["block"] is not None]

@@ -1,6 +1,7 @@
 """The demo of dev.py: its server, what it prints, and the whole of it."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ import sys
 
 import pytest
 
-from attune_devtools import broken, demo, host, report, say
+from attune_devtools import broken, demo, host, report, say, small
 from attune_devtools.shrink import shrink
 from support.dev import dev
 from support.loading import ROOT
+from support.workflows import NAMES, read
 
 # The server
 
@@ -32,6 +34,69 @@ def test_a_server_that_dies_at_start_is_said_with_its_last_words(tmp_path):
     (tmp_path / "main.py").write_text("raise SystemExit('no such device')", "utf-8")
     with pytest.raises(say.Stop, match=r"exit code 1; its last words: no such device .*server\.log"):
         host.Host(sys.executable, tmp_path, tmp_path).start()
+
+
+class Served:
+    """A started server with this environment, and what is done with it."""
+
+    url, log = "http://127.0.0.1:1", "server.log"
+
+    def __init__(self, env=None, ended_with=None):
+        self.env, self.ended_with, self.did = env, ended_with, []
+        self.process = self
+
+    def start(self):
+        self.did.append("start")
+
+    def wait(self):
+        self.did.append("wait")
+        if self.ended_with is None:
+            raise KeyboardInterrupt
+        return self.ended_with
+
+    def stop(self):
+        self.did.append("stop")
+
+
+def test_a_server_is_left_to_the_user_until_he_stops_it(capsys):
+    demo.wait_for_the_user(Served())
+    assert capsys.readouterr().out == "    stopped\n"
+
+
+def test_a_server_that_ends_under_the_user_is_an_error():
+    with pytest.raises(say.Stop, match=r"ended by itself with exit code 3; look into server\.log"):
+        demo.wait_for_the_user(Served(ended_with=3))
+
+
+# The small workflow
+
+
+def test_the_small_file_of_every_workflow_gives_the_prompt_of_the_demo(server):
+    try:
+        for name in NAMES:
+            ui = read(name)
+            prompt = server.api(ui)
+            lowered, said = shrink(prompt, small.CPU_SIZE, small.CPU_LENGTH, small.CPU_STEPS)
+            small.save(server.base, ui, prompt, lowered)
+            saved = json.loads(small.file_of(server.base).read_text("utf-8"))
+            assert said and server.api(saved) == lowered, name
+            assert ui == read(name)
+        assert server.get("/userdata?dir=workflows") == ["attune demo small.json"]
+        assert small.where(server.base, on_cpu=True).startswith('"attune demo small" under Workflows')
+        assert small.where(server.base, on_cpu=False) == "the workflow under Templates, Extensions"
+    finally:
+        small.file_of(server.base).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("key", ["3", "9:3"])  # an old file does not say which inputs have values; a node of a subgraph
+def test_where_a_number_has_no_place_there_is_no_small_file(tmp_path, key):
+    ui = {"nodes": [{"id": 3, "type": "WanImageToVideo", "inputs": [], "widgets_values": [640, 640, 81, 1]}]}
+    small.file_of(tmp_path).parent.mkdir(parents=True)
+    small.file_of(tmp_path).write_text("of an earlier demo", "utf-8")
+    prompt = {key: {"class_type": "WanImageToVideo", "inputs": {"width": 640}}}
+    small.save(tmp_path, ui, prompt, shrink(prompt, 64, 5, 2)[0])
+    assert not small.file_of(tmp_path).exists()
+    assert "width and height 64, length 5, 2 steps" in small.where(tmp_path, on_cpu=True)
 
 
 # What it prints
@@ -138,34 +203,62 @@ def test_a_demo_without_records_of_the_pack_fails(comfyui_folder, models, tmp_pa
 # With a kernel that breaks
 
 
-@pytest.mark.parametrize(
-    ("apart", "calls", "wrong"),
-    [
-        (3.0, {"sage2_fp8_cuda": 8, "host": 8}, None),
-        (60.0, {"sage2_fp8_cuda": 8, "host": 8}, "is not clean"),
-        (3.0, {"host": 16}, "did not compute a single call"),
-    ],
-)
-def test_a_demo_with_a_broken_kernel_is_held_against_a_run_without(monkeypatch, tmp_path, capsys, apart, calls, wrong):
-    environments, kernels = [], []
+@pytest.fixture
+def broken_run(monkeypatch, tmp_path):
+    """broken_run(serve, apart, calls): broken_demo() with runs that are made up; (exit code, servers, kernels)."""
 
-    def once(_venv, _ui, _base, host, _on_cpu, kernel):
-        kernels.append(kernel)
-        environments.append(host)
-        return tmp_path / f"{kernel}.mp4", {"host": 16} if kernel == "host" else calls
+    def run(serve=False, apart=3.0, calls=None):
+        servers, kernels = [], []
 
-    monkeypatch.setattr(broken, "_once", once)
-    monkeypatch.setattr(broken, "_report", lambda *_: "demotion of sage2_fp8_cuda")
-    monkeypatch.setattr(broken, "script", lambda *_: f'{{"frames": 5, "difference": {apart}}}')
-    arguments = ("nan", None, {}, tmp_path, lambda env: env, True)
-    if wrong:
-        with pytest.raises(say.Stop, match=wrong):
-            broken.broken_demo(*arguments)
-        assert "demo: ok" not in capsys.readouterr().out
-        return
-    assert broken.broken_demo(*arguments) == 0
+        def server(env):
+            servers.append(Served(env))
+            return servers[-1]
+
+        def once(_venv, _ui, _base, host, _on_cpu, kernel):
+            assert host is servers[-1] and host.did == ["start"]
+            kernels.append(kernel)
+            (tmp_path / "demo-broken").mkdir(exist_ok=True)
+            (tmp_path / "demo-broken" / "failures.json").write_text("{}", "utf-8")
+            return tmp_path / f"{kernel}.mp4", {"host": 16} if kernel == "host" else calls or {broken.KERNEL: 8}
+
+        monkeypatch.setattr(broken, "CACHE", tmp_path)
+        monkeypatch.setattr(broken, "_once", once)
+        monkeypatch.setattr(broken, "_report", lambda *_: "demotion of sage2_fp8_cuda")
+        monkeypatch.setattr(broken, "script", lambda *_: f'{{"frames": 5, "difference": {apart}}}')
+        try:
+            return broken.broken_demo("nan", None, {}, tmp_path, server, True, serve), servers, kernels
+        finally:
+            assert all(one.did[-1] == "stop" for one in servers)
+
+    return run
+
+
+def test_a_demo_with_a_broken_kernel_is_held_against_a_run_without(broken_run, capsys):
+    code, (clean, faulty), kernels = broken_run()
     said = capsys.readouterr().out
+    assert code == 0
     assert "demotion of sage2_fp8_cuda" in said and said.endswith("demo: ok\n")
     assert kernels == ["host", "sage2_fp8_cuda"]
-    assert "ATTUNE_STANDIN_FAULT" not in environments[0]
-    assert environments[1]["ATTUNE_STANDIN_FAULT"] == "sage2_fp8_cuda:nan:from=8"  # half of 16 calls
+    assert clean.did == faulty.did == ["start", "stop"]
+    assert "ATTUNE_STANDIN_FAULT" not in clean.env
+    assert faulty.env["ATTUNE_STANDIN_FAULT"] == "sage2_fp8_cuda:nan:from=8"  # half of 16 calls
+
+
+@pytest.mark.parametrize(
+    ("apart", "calls", "wrong"), [(60.0, None, "is not clean"), (3.0, {"host": 16}, "did not compute a single call")]
+)
+def test_a_demo_whose_broken_kernel_spoils_the_video_or_never_ran_fails(broken_run, capsys, apart, calls, wrong):
+    with pytest.raises(say.Stop, match=wrong):
+        broken_run(serve=True, apart=apart, calls=calls)
+    assert "demo: ok" not in capsys.readouterr().out
+
+
+def test_a_broken_kernel_is_left_to_the_user_as_if_it_had_never_failed(broken_run, tmp_path, capsys):
+    code, (clean, faulty), _ = broken_run(serve=True)
+    said = capsys.readouterr().out
+    assert code == 0
+    assert clean.did == ["start", "stop"] and faulty.did == ["start", "wait", "stop"]
+    assert not (tmp_path / "demo-broken" / "failures.json").exists()
+    for words in (faulty.url, "Choose sage2_fp8_cuda", "Templates", "Probe again", "Bypass all", "demo: ok"):
+        assert words in said
+    assert said.endswith("demo: ok\n    stopped\n")
