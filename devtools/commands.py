@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test")
     demo = commands.add_parser("demo", help="run a Wan 2.2 workflow with tiny models in a real ComfyUI")
     demo.add_argument(
-        "--serve", action="store_true", help="leave the server up, with --break too, and print what to open"
+        "--serve", action="store_true", help="leave the server up, also with --break, and print its address"
     )
     demo.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
     demo.add_argument(

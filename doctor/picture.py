@@ -108,7 +108,8 @@ def _short(command: str) -> str:
     python = sys.executable or "python"
     for long, short in ((f'"{python}"', "python"), (python, "python")):
         command = command.replace(long, short)
-    return re.sub(r'^python ("[^"]*"|\S*[\\/]\S*|ComfyUI-Attune) get ', "python custom_nodes/ComfyUI-Attune get ", command)
+    pack = r'^python ("[^"]*"|\S*[\\/]\S*|ComfyUI-Attune) get '
+    return re.sub(pack, "python custom_nodes/ComfyUI-Attune get ", command)
 
 
 def _notes(one: Diagnosis) -> list[tuple[str, Style]]:

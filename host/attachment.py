@@ -98,8 +98,8 @@ class Attachment:
         finally:
             options.pop(_SESSION, None)
             self._end_tuning(session)
+            self._remember(model, session)  # before pages hear of the end: they ask for the doctor's remarks then
             self._close(run)
-            self._remember(model, session)
 
     def _prepare(self, record: Record, sigmas: Any) -> None:
         """Tell the record what is known before the run: its noise levels, the model's blocks, what is to be timed."""

@@ -161,6 +161,8 @@ def test_commands_and_settings_are_there_in_chinese():
     settings = re.findall(r'id: "(Attune\.\w+)"', (PANEL / "settings.js").read_text("utf-8"))
     assert {name.replace(".", "_") for name in settings} == set(chinese("settings.json"))
     assert all(set(told) == {"name", "tooltip"} for told in chinese("settings.json").values())
+    headings = re.findall(r'category: \["Attune", "([\w ]+)"', (PANEL / "settings.js").read_text("utf-8"))
+    assert set(headings) == set(chinese("main.json")["settingsCategories"])
 
 
 def test_the_kernels_of_the_settings_are_those_of_the_nodes():

@@ -93,22 +93,73 @@ def test_machine_kernels_causes_and_cures(panel):
 
 def test_probing_again_shows_its_progress_and_then_what_was_found(panel):
     panel.fake.answers["POST /attune/probe"] = (202, {"started": True, "total": 9})
+    panel.fake.answers["/attune/kernels"] = {
+        "kernels": [{**row, "status": row["outcome"] if row["name"] in ("xformers", "flash3") else row["status"]}
+                    for row in KERNELS]
+    }  # fmt: skip
     panel.open()
+    panel.section("kernels").get_by_text("wrong numbers").wait_for()
     panel.button("Probe again").click()
     section = panel.section("kernels")
     section.get_by_text("Probing 0 of 9").wait_for()
-    assert ("/attune/probe", {}) in panel.fake.asked
+    tried = [row["name"] for row in KERNELS if row["name"] not in ("xformers", "flash3", "sub_quad")]
+    assert ("/attune/probe", {"kernels": tried}) in panel.fake.asked, "neither what cannot run nor what is ComfyUI's"
     told = {"done": 3, "total": 9, "kernel": "sage3", "outcome": "crashed", "ended": False}
     panel.fake.send("attune.probe", told)
     section.get_by_text("Probing 3 of 9: sage3").wait_for()
     assert section.get_by_role("progressbar").evaluate("bar => [bar.value, bar.max]") == [3, 9]
     panel.fake.answers["/attune/kernels"] = {"kernels": [works("sdpa", 0.5), kernel("sage3", "crashed", cause="Dead.")]}
+    panel.fake.answers["/attune/machine"] = {**MACHINE, "remarks": ["sage3 died."]}
     panel.fake.send("attune.probe", {**told, "done": 9, "ended": True})
     section.get_by_text("Dead.").wait_for()
+    panel.section("machine").get_by_text("sage3 died.").wait_for()
     assert not section.get_by_role("progressbar").is_visible()
     panel.fake.answers["POST /attune/probe"] = (409, {"error": "a prompt runs; kernels are tried when it is over"})
     panel.button("Probe again").click()
     section.get_by_role("alert").get_by_text("a prompt runs").wait_for()
+
+
+def test_kernels_that_the_server_tries_by_itself_are_asked_for_until_all_are_tried(panel):
+    asked = []
+    looks = lambda request: asked.append(request.url.endswith("/attune/kernels"))  # noqa: E731
+    panel.page.on("request", looks)
+    try:
+        panel.fake.answers["/attune/kernels"] = {"kernels": [kernel("sdpa", "open"), kernel("sage3", "open")]}
+        panel.open()
+        section = panel.section("kernels")
+        section.get_by_text("not tried yet").first.wait_for()
+        panel.fake.answers["/attune/kernels"] = {"kernels": [works("sdpa", 0.5), kernel("sage3", "open")]}
+        panel.fake.answers["/attune/machine"] = {**MACHINE, "remarks": ["sdpa was tried."]}
+        section.locator("tr[data-outcome=works]").wait_for(timeout=10_000)
+        panel.section("machine").get_by_text("sdpa was tried.").wait_for()
+        panel.close()
+        before = sum(asked)
+        panel.page.wait_for_timeout(3500)
+        assert sum(asked) == before, "nobody looks"
+        panel.fake.answers["/attune/kernels"] = {"kernels": [works("sdpa", 0.5), works("sage3", 0.2)]}
+        panel.open()
+        section.locator("tr[data-outcome=works]").nth(1).wait_for()
+        panel.page.wait_for_timeout(3500)
+        assert sum(asked) == before + 1, "there is nothing to wait for"
+    finally:
+        panel.page.remove_listener("request", looks)
+
+
+def test_a_run_of_a_server_that_is_gone_is_not_shown_as_the_last_one(panel):
+    panel.fake.answers["/attune/runs"] = {"runs": [listed(1)]}
+    panel.fake.answers["/attune/runs/1"] = {**past(1, 61.2), "prompt_id": "p", "sampler_node": "57:3"}
+    panel.open()
+    live_one, runs = panel.section("live"), panel.section("runs")
+    live_one.get_by_text("Run 1 · Wan 2.2 14B · #3 · 20 steps · finished · 61.2").wait_for()
+    assert " · #3 · sage3 ×" in panel.page.get_by_label("Show", exact=True).locator("option").inner_text()
+    panel.fake.answers["/attune/runs"] = {"runs": [{**listed(1), "prompt_id": "q"}]}
+    panel.fake.answers["/attune/runs/1"] = {**past(1, 44.9), "prompt_id": "q"}
+    panel.fake.send("reconnected", {})
+    live_one.get_by_text("44.9").first.wait_for()
+    panel.fake.answers["/attune/runs"] = {"runs": []}
+    panel.fake.send("reconnected", {})
+    live_one.get_by_text("Nothing has been sampled yet").wait_for()
+    assert "Run 1" not in live_one.inner_text() and "No run yet" in runs.inner_text()
 
 
 def test_the_map_while_sampling(panel):
@@ -119,7 +170,7 @@ def test_the_map_while_sampling(panel):
     section = panel.section("live")
     assert "Nothing has been sampled yet" in section.inner_text()
     panel.fake.send("attune.live", live(4, full=True))
-    section.get_by_text("Run 1 · Wan 2.2 14B · step 4 (of 0–19) · running").wait_for()
+    section.get_by_text("Run 1 · Wan 2.2 14B · #3 · step 4 (of 0–19) · running").wait_for()
     section.locator("canvas").wait_for()
     panel.page.wait_for_timeout(200)
     first = panel.map_colours()
@@ -154,7 +205,9 @@ def test_the_end_of_a_run_replaces_what_was_known_and_it_can_be_looked_back_at(p
     panel.fake.answers["/attune/runs/1"] = past(1, 61.2, fast=False)
     panel.fake.answers["/attune/runs/2"] = past(2, 44.9)
     end = {**live(19, full=True), "run": 2, "status": "finished", "kernels": ["sage3", "flash2", "sdpa"]}
+    panel.fake.answers["/attune/machine"] = {**MACHINE, "remarks": ["sage3 was given up."]}
     panel.fake.send("attune.live", end)
+    panel.section("machine").get_by_text("sage3 was given up.").wait_for()
     panel.section("live").get_by_text("44.9 s").wait_for()
     assert "Nothing is being sampled" in panel.section("live").inner_text()
     runs = panel.section("runs")

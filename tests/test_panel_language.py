@@ -147,6 +147,9 @@ def test_sentences_are_known_whole_or_in_parts_and_the_rest_stays(panel):
             const remark = "{kernel}: {why} in {count} model{s} sampled here, and is not used there any more.";
             learn({ [remark]: "甲{kernel}{count}{why}", "{kernel} gave NaN in {place}": "乙", "gave NaN": "丙" });
             told.push(said("sage2: gave NaN in 2 models sampled here, and is not used there any more. Then this."));
+            const left = "not {kernel} ×{count}: {reasons}";
+            learn({ "{kernel} gave NaN": "{kernel}乙", "gave NaN": "丙", [left]: "未用{kernel}{count}：{reasons}" });
+            told.push(said("not flash2 ×4: gave NaN"), said("flash2 gave NaN"));
             const hostile = "k: w in 3 models ".repeat(1000), began = performance.now();
             told.push(said(hostile) === hostile, performance.now() - began < 2000);
             learn({});
@@ -164,10 +167,35 @@ def test_sentences_are_known_whole_or_in_parts_and_the_rest_stays(panel):
         "",
         "叉之2",
         "甲sage22丙 Then this.",
+        "未用flash24：丙",
+        "flash2乙",
         True,
         True,
         "x",
     ]
+
+
+def test_the_headings_of_the_settings_and_a_kernels_name(panel):
+    fake = Fake(panel.comfy)
+    try:
+        fake.answers["/attune/runs"] = {"runs": [listed(1)]}
+        fake.answers["/attune/runs/1"] = {**past(1, 61.2), "kernels": {"host": {"calls": 8}}}
+        speak(panel, "zh")
+        panel.open()
+        name = panel.section("live").locator("span.kernel", has_text="host")
+        name.wait_for()
+        assert name.get_attribute("title") == "ComfyUI 自带的注意力"
+        assert panel.button("把运行 1 的报告保存为 文本").inner_text() == "文本"
+        panel.comfy.call("() => app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+        dialog = panel.page.get_by_role("dialog")
+        dialog.get_by_text("Attune", exact=True).first.click()
+        dialog.get_by_role("heading", name="新建节点").wait_for()
+        assert dialog.get_by_role("heading", name="面板").count()
+        panel.desk.screenshot("settings-chinese")
+        panel.page.keyboard.press("Escape")
+        dialog.wait_for(state="detached")
+    finally:
+        panel.page.unroute("**/api/attune/**")
 
 
 def test_the_help_panel_shows_a_nodes_page_in_the_language(panel):

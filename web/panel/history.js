@@ -4,7 +4,7 @@ import { alertBox, button, make, section, setText } from "./dom.js";
 import { Run } from "./run.js";
 import { download, get } from "./server.js";
 import { t } from "./text.js";
-import { RunView, named, percent, short } from "./view.js";
+import { RunView, named, percent, samplerOf, short } from "./view.js";
 
 const FORMATS = { text: "txt", json: "json", png: "png" };
 
@@ -15,7 +15,7 @@ function label(row) {
   const status = row.status === "finished" ? "" : t(`run.${row.status}`);
   const took = row.seconds ? t("run.seconds", { seconds: short(row.seconds) }) : "";
   const time = row.started ? new Date(row.started).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : "";
-  return [row.run, time, row.model, took, ran, status].filter(Boolean).join(" · ");
+  return [row.run, time, row.model, samplerOf(row.sampler_node), took, ran, status].filter(Boolean).join(" · ");
 }
 
 export class History {
@@ -35,14 +35,19 @@ export class History {
   #known = new Map();
   #newest = 0;
   #above;
+  #keep;
   #shown = make("p", { class: "quiet", hidden: true }, t("runs.above"));
   #turn = 0;
 
-  /** @param {(run: Run) => boolean} above shows the newest run in the section above; false where it shows another. */
-  constructor(above) {
+  /**
+   * @param {(run: Run) => boolean} above shows the newest run in the section above; false where it shows another.
+   * @param {(known: (run: Run) => boolean) => void} keep is told which runs are the server's.
+   */
+  constructor(above, keep) {
     this.#above = above;
+    this.#keep = keep;
     for (const format of Object.keys(FORMATS)) {
-      const press = button(format === "text" ? "Text" : format.toUpperCase(), () => this.#download(format));
+      const press = button(format === "text" ? t("runs.text") : format.toUpperCase(), () => this.#download(format));
       this.#save.append(press);
     }
     const pick = (id, select) => make("p", { class: "row" }, make("label", { for: select.id }, t(id)), select);
@@ -64,11 +69,15 @@ export class History {
   }
 
   async #list(rows) {
+    // ComfyUI may have been started again, and counts from the beginning.
+    const prompts = new Map(rows.map((row) => [row.run, row.prompt_id]));
+    const known = (run) => prompts.has(run.number) && (!run.prompt || prompts.get(run.number) === run.prompt);
+    for (const [number, run] of this.#known) if (!known(run)) this.#known.delete(number);
+    this.#keep(known);
     this.#none.hidden = rows.length > 0;
     this.#content.hidden = !rows.length;
     if (!rows.length) return;
     const newest = rows.at(-1).run;
-    if (newest < this.#newest) this.#known.clear(); // ComfyUI was started again, and counts from the beginning
     const follow = !this.#first.value || Number(this.#first.value) === this.#newest;
     this.#newest = newest;
     const options = () => rows.map((row) => make("option", { value: row.run }, label(row))).reverse();

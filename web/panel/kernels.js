@@ -11,6 +11,7 @@ import { named, short } from "./view.js";
 const ORDER = ["works", "host", "wrong numbers", "crashed", "hung", "cannot import", "undecided", "open"];
 const OWN = ["sub_quad", "basic"]; // ComfyUI's, which nobody has to try
 const REST = ["not installed", "unsupported"];
+const PAUSE = 3000; // milliseconds between two looks while kernels are still to be tried in the background
 const SIGN = { works: "✓", host: "✓", off: "–", open: "○", undecided: "?", "not installed": "–", unsupported: "–" };
 
 export class Kernels {
@@ -23,9 +24,21 @@ export class Kernels {
   #progress = make("p", { class: "row progress" }, this.#bar, this.#said);
   #probe = button(t("kernels.probe"), () => this.#start(), { title: t("kernels.probe.hint") });
   #folded = true;
+  /** @type {any[]} */
+  #rows = [];
+  #filled = ""; // what the list shows
+  #open = 0; // kernels that are still to be tried
+  #timer = 0;
+  #changed;
+  #signal;
 
-  /** @param {AbortSignal} signal ends its listening. */
-  constructor(signal) {
+  /**
+   * @param {() => void} changed called when kernels were tried.
+   * @param {AbortSignal} signal ends its listening.
+   */
+  constructor(changed, signal) {
+    this.#changed = changed;
+    this.#signal = signal;
     this.#bar.hidden = true;
     this.#section.body.append(
       make("p", { class: "row" }, this.#probe),
@@ -42,6 +55,7 @@ export class Kernels {
       for (const row of kernels) row.outcome ||= OWN.includes(row.name) && row.can_run_here ? "host" : "off";
       this.#alert.say(kernels.length ? "" : t("kernels.none"));
       this.#fill(kernels);
+      this.#wait(kernels.filter((row) => row.outcome === "open").length);
       const { running, done, total } = await get("/attune/probe");
       if (running) this.#show(done, total, "");
     } catch (error) {
@@ -49,9 +63,20 @@ export class Kernels {
     }
   }
 
+  /** Look again while `open` kernels are still to be tried: nobody tells of those that the server tries by itself. */
+  #wait(open) {
+    clearTimeout(this.#timer);
+    if (open < this.#open) this.#changed();
+    this.#open = open;
+    if (!open || this.#signal.aborted) return;
+    this.#timer = setTimeout(() => this.element.isConnected && this.refresh(), PAUSE);
+  }
+
   async #start() {
     try {
-      const { total } = await post("/attune/probe", {});
+      // The server would count those that cannot run here too; "host" and "off" are none of its own to try.
+      const here = this.#rows.filter((row) => row.status === "available" && !["host", "off"].includes(row.outcome));
+      const { total } = await post("/attune/probe", here.length ? { kernels: here.map((row) => row.name) } : {});
       this.#alert.say("");
       this.#show(0, total, "");
     } catch (error) {
@@ -71,10 +96,16 @@ export class Kernels {
     if (!event.ended) return this.#show(event.done, event.total, event.kernel);
     this.#bar.hidden = true;
     setText(this.#said, t("kernels.probed"));
-    if (this.element.isConnected) this.refresh();
+    if (!this.element.isConnected) return;
+    this.refresh();
+    this.#changed();
   }
 
   #fill(rows) {
+    this.#rows = rows;
+    const now = JSON.stringify(rows);
+    if (now === this.#filled) return; // what does not change keeps the keyboard's place
+    this.#filled = now;
     const place = (row) => (ORDER.indexOf(row.outcome) + 1 || ORDER.length + 1) * 1e6 + (row.milliseconds ?? 1e5);
     const main = rows.filter((row) => !REST.includes(row.outcome)).sort((a, b) => place(a) - place(b));
     const rest = rows.filter((row) => REST.includes(row.outcome));

@@ -59,6 +59,14 @@ export class Live {
     this.#view.element.hidden = true;
   }
 
+  /** Show a run that is over no longer where it is none of the server's. @param {(run: Run) => boolean} known */
+  keep(known) {
+    if (!this.#run || this.#run.running || known(this.#run)) return;
+    this.#run = null;
+    this.#view.element.hidden = true;
+    this.#say();
+  }
+
   /** Does the user want to see the map? */
   set wanted(on) {
     this.#wanted = on;

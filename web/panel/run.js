@@ -24,6 +24,8 @@ export class Run {
   status = "running";
   model = "";
   prompt = "";
+  /** the id of the node that samples, in subgraphs "57:12" */
+  sampler = "";
   /** the first step of this run in the whole sampling */
   first = 0;
   /** @type {number | null} the step that is being sampled, or was last */
@@ -66,6 +68,7 @@ export class Run {
     this.status = event.status;
     this.model = event.model ?? "";
     this.prompt = event.prompt_id ?? "";
+    this.sampler = event.sampler_node ?? "";
     this.first = event.first_step ?? 0;
     this.length = event.steps ?? 0;
     this.step = number(event.step) ?? this.step;
@@ -90,6 +93,7 @@ export class Run {
     run.status = data.status;
     run.model = data.model ?? "";
     run.prompt = data.prompt_id ?? "";
+    run.sampler = data.sampler_node ?? "";
     run.first = stage.first_step ?? 0;
     run.length = stage.steps ?? 0;
     run.steps = Math.max(stage.steps_in_all ?? 0, run.first + (stage.steps ?? 0));

@@ -4,6 +4,7 @@
 const KEPT = 1000;
 const LONGEST = 1000; // letters of what is looked up: what an error says of itself is no sentence of ours
 const VALUE = "((?:(?!; |\\. [A-Z'`]).)*?)"; // what ends a sentence is in no value
+const NAME = "([^\\s:;,]+)"; // {kernel} is one word, or it would take "not flash2 ×4: " along
 
 /** @type {{pattern: RegExp, names: string[], words: string}[]} those with the most words of their own first */
 let sentences = [];
@@ -19,7 +20,7 @@ export function learn(table) {
     .map(([english, words]) => {
       const parts = english.split(/\{(\w+)\}/); // text, name, text, name, ...
       const escaped = (/** @type {string} */ part) => part.replace(/[^\w\s]/g, "\\$&");
-      const source = parts.map((part, at) => (at % 2 ? VALUE : escaped(part))).join("");
+      const source = parts.map((part, at) => (at % 2 ? (part === "kernel" ? NAME : VALUE) : escaped(part))).join("");
       return { pattern: new RegExp(`^${source}$`, "s"), names: parts.filter((_, at) => at % 2), words };
     });
 }

@@ -87,14 +87,22 @@ export class Tab {
     const { signal } = this.#end;
     await chooseLanguage();
     if (this.#parts || signal.aborted) return;
-    const history = new History((run) => live.show(run));
-    const live = new Live(() => history.refresh(), signal);
+    const history = new History(
+      (run) => live.show(run),
+      (known) => live.keep(known),
+    );
     const machine = new Machine();
-    const kernels = new Kernels(signal);
+    const ended = () => {
+      history.refresh();
+      machine.refresh(); // a kernel may have been given up
+    };
+    const live = new Live(ended, signal);
+    const kernels = new Kernels(() => machine.refresh(), signal);
     this.#parts = { live, history, machine, kernels };
     listen("reconnected", () => this.#refresh(), signal); // ComfyUI may have been started again
     for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
-      listen(end, () => this.#shown && !this.#wanted && history.refresh(), signal); // the live map would have told
+      const told = () => (this.#wanted ? machine.refresh() : ended()); // the live map tells of each run
+      listen(end, () => this.#shown && told(), signal);
     }
     const shadow = this.#host.shadowRoot ?? this.#host.attachShadow({ mode: "open" });
     shadow.adoptedStyleSheets = [STYLE];

@@ -22,6 +22,9 @@ export function short(value) {
 export const percent = (share) =>
   share === null ? "" : 0 < share && share < 0.005 ? "<1 %" : `${Math.round(100 * share)} %`;
 
+/** The sampler's number as it stands on the graph: the last part of its id in a subgraph. @param {string | null} id */
+export const samplerOf = (id) => (id ? `#${id.split(":").at(-1)}` : "");
+
 /** @param {Run} run */
 export function stageOf(run) {
   if (run.running && run.step !== null) {
@@ -41,7 +44,7 @@ const swatch = (/** @type {string} */ name) =>
 /** A kernel's name after its square; a long one may be broken after "_" only. */
 export function named(/** @type {string} */ name) {
   const parts = name.split(/(?<=_)/).flatMap((part, place) => (place ? [make("wbr"), part] : [part]));
-  return make("span", { class: "kernel" }, swatch(name), ...parts);
+  return make("span", { class: "kernel", title: name === "host" && t("run.host") }, swatch(name), ...parts);
 }
 
 let views = 0;
@@ -97,7 +100,8 @@ export class RunView {
     }
     this.#run = run;
     const seconds = run.seconds === null ? "" : t("run.seconds", { seconds: short(run.seconds) });
-    const parts = [t("run.number", { number: run.number }), run.model, stageOf(run), t(`run.${run.status}`), seconds];
+    const about = [t("run.number", { number: run.number }), run.model, samplerOf(run.sampler)];
+    const parts = [...about, stageOf(run), t(`run.${run.status}`), seconds];
     setText(this.#about, parts.filter(Boolean).join(" · "));
     setAttribute(this.#about, "data-status", run.status);
     this.#untimed.hidden = run.timed;
