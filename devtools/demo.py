@@ -1,5 +1,6 @@
 """dev.py demo: a Wan 2.2 workflow with tiny models, from its UI file to a video, in a real ComfyUI."""
 
+import contextlib
 import json
 import subprocess
 import time
@@ -176,6 +177,8 @@ def runs_of(host: Host, prompt_id: str) -> list[dict]:
 
 def wait_for_the_user(host: Host) -> None:
     """Wait for Ctrl+C. Raises Stop when ComfyUI ends by itself."""
+    with contextlib.suppress(OSError):  # or the demo's own prompt, run once more, would come from ComfyUI's cache
+        host.post("/free", {"free_memory": True})
     try:
         code = host.process.wait()
     except KeyboardInterrupt:

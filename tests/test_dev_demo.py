@@ -57,9 +57,13 @@ class Served:
     def stop(self):
         self.did.append("stop")
 
+    def post(self, path, data):
+        self.did.append((path, data))
+
 
 def test_a_server_is_left_to_the_user_until_he_stops_it(capsys):
-    demo.wait_for_the_user(Served())
+    demo.wait_for_the_user(served := Served())
+    assert served.did == [("/free", {"free_memory": True}), "wait"], "what he runs is not taken from the cache"
     assert capsys.readouterr().out == "    stopped\n"
 
 
@@ -257,7 +261,7 @@ def test_a_broken_kernel_is_left_to_the_user_as_if_it_had_never_failed(broken_ru
     code, (clean, faulty), _ = broken_run(serve=True)
     said = capsys.readouterr().out
     assert code == 0
-    assert clean.did == ["start", "stop"] and faulty.did == ["start", "wait", "stop"]
+    assert clean.did == ["start", "stop"] and faulty.did == ["start", ("/free", {"free_memory": True}), "wait", "stop"]
     assert not (tmp_path / "demo-broken" / "failures.json").exists()
     for words in (faulty.url, "Choose sage2_fp8_cuda", "Templates", "Probe again", "Bypass all", "demo: ok"):
         assert words in said
