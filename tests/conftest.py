@@ -202,3 +202,14 @@ def desk(desk_page):
     before = len(desk_page.problems)
     yield desk_page
     assert desk_page.problems[before:] == []
+
+
+@pytest.fixture
+def panel(desk):
+    """The tab on that page, with the pack's own routes behind it; closed afterwards."""
+    from support.panel import Panel
+
+    desk.page.set_default_timeout(60_000)
+    panel = Panel(desk)
+    yield panel
+    panel.close()

@@ -53,6 +53,8 @@ def test_it_holds_the_pack_and_not_what_developers_need(archive):
     names = zipfile.ZipFile(archive).namelist()
     top = {name.split("/")[0] for name in names}
     assert {"__init__.py", "attention", "kernels", "nodes", "web", "locales", "workflows", "LICENSE"} <= top
+    # The README links to results; the programs need the tests, as every other tool of developers.
+    assert {Path(name).suffix for name in names if name.startswith("benchmarks/")} == {".json", ".md"}
     assert not top & {"tests", "devtools", "dev.py", ".ci", ".venv", ".cache", ".git"}
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".mp4", ".safetensors"))]
     assert archive.stat().st_size < 3_000_000

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from support.panel import Panel
 from support.prompts import two_stage
 
 # Nothing of it is the renderer's.
@@ -14,12 +13,9 @@ pytestmark = pytest.mark.parametrize("desk_page", [False], ids=["canvas"], indir
 
 
 @pytest.fixture
-def panel(desk):
-    desk.page.set_default_timeout(60_000)
-    panel = Panel(desk)
+def panel(panel, desk):
     yield panel
     desk.server.interrupt()
-    panel.close()
     desk.comfy.call("() => sessionStorage.removeItem('attune.benchmark')")
 
 

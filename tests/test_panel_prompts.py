@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from support.panel import Fake, Panel, listed, live, past
+from support.panel import Fake, listed, live, past
 from support.prompts import node, rule, selector, two_stage
 from support.server import PromptFailedError
 from support.workflows import BYPASSED, SELECTORS
@@ -98,14 +98,6 @@ def test_the_panels_benchmarks_do_not_count_and_a_gap_in_the_history_is_no_answe
 
 
 WITHOUT = "The last prompt ran without an attention node of ComfyUI-Attune, so nothing of it was recorded"
-
-
-@pytest.fixture
-def panel(desk):
-    desk.page.set_default_timeout(60_000)
-    panel = Panel(desk)
-    yield panel
-    panel.close()
 
 
 @pytest.mark.parametrize("desk_page", [False], ids=["canvas"], indirect=True)  # nothing of it is the renderer's

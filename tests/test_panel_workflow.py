@@ -5,19 +5,10 @@ import json
 import pytest
 
 from comfyui_attune.graphs.kinds import ATTENTION
-from support.panel import Panel
 from support.workflows import BYPASSED, SELECTORS, SWITCHES
 
 T2V = "wan2.2_t2v_14b"
 HIGH, LOW = SELECTORS
-
-
-@pytest.fixture
-def panel(desk):
-    desk.page.set_default_timeout(60_000)
-    panel = Panel(desk)
-    yield panel
-    panel.close()
 
 
 # The tooltip of the badge on the node `id`, and the colour around it.
